@@ -1,0 +1,376 @@
+"""The recipe: everything a run depends on, typed and strict. Read from YAML, overridden by key=value, saved with the run.
+
+A recipe may start from another one (`base: quickstart`) and change only what differs. Values that can be derived from others
+are derived (hidden sizes, head widths), so a recipe states few numbers. Errors name the key's full path.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from modsquad_ds.errors import UserError
+from modsquad_ds.tasks import CLASSIFICATION, KINDS, Strict, TaskSpec
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+# ---------------------------------------------------------------- model
+
+
+class Backbone(Strict):
+    """Shape of a dense ViT; `SIZES` holds the named ones."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+
+
+SIZES: dict[str, Backbone] = {
+    "tiny": Backbone(width=192, depth=12, heads=3, patch=16),
+    "small": Backbone(width=384, depth=12, heads=6, patch=16),
+    "base": Backbone(width=768, depth=12, heads=12, patch=16),
+    "quickstart": Backbone(width=96, depth=4, heads=3, patch=8),
+}
+
+Layout = Literal["alternate", "every_block", "mlp_only", "attention_only", "dense"]
+"""Which blocks are sparse. `alternate` (Mod-Squad's): even blocks MoE attention and dense MLP, odd blocks dense attention and
+MoE MLP. `mlp_only` and `attention_only` make that half of every block sparse; `every_block` both."""
+
+
+class RouterSpec(Strict):
+    """How tokens choose experts."""
+
+    type: Literal["linear", "mlp"] = "linear"
+    """`linear`: one bias-free map per task (Mod-Squad). `mlp`: two layers with GELU, D -> D/4 -> E (heterogeneous follow-up)."""
+    per_task: bool = True
+    """False: one router for all tasks, the plain mixture-of-experts baseline."""
+    renormalize: bool = False
+    """Divide the gate weights of the chosen experts by their sum."""
+    noise: float = Field(0.0, ge=0)
+    """Standard deviation, in units of 1/E, of Gaussian noise on the logits while training."""
+
+
+class MoESpec(Strict):
+    """One kind of sparse layer."""
+
+    num_experts: int = Field(gt=0)
+    top_k: int = Field(gt=0)
+    hidden: int | None = Field(None, gt=0)
+    """MLP: hidden width of an expert, default mlp_ratio * width / top_k, so that active FLOPs equal the dense layer's.
+    Attention: width of the one query head that an expert is, default `head_dim`."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is larger than num_experts {self.num_experts}")
+        return self
+
+
+class ModelSpec(Strict):
+    """The sparse vision transformer."""
+
+    size: str = "base"
+    """One of the named sizes: tiny, small, base, quickstart. `width`, `depth`, `heads`, `patch` override it."""
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    patch: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    """Width of an attention head; default width / heads. Mod-Squad doubles it."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    grid: int = Field(14, gt=0)
+    """Side, in patches, of the learned position embedding; it is resized bicubically to each image's own grid."""
+    layout: Layout = "alternate"
+    mlp: MoESpec = MoESpec(num_experts=16, top_k=4)
+    attention: MoESpec = MoESpec(num_experts=24, top_k=12)
+    router: RouterSpec = RouterSpec()
+    task_embedding: bool = True
+    """A learned vector per task and block is added to the tokens before the block."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Rate of the last block; it grows linearly from 0 in the first."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+
+    @model_validator(mode="after")
+    def _size_known(self) -> Self:
+        if self.size not in SIZES:
+            raise ValueError(f"size {self.size!r} is not one of {', '.join(SIZES)}")
+        if self.head_dim is None and self.shape.width % self.shape.heads:
+            raise ValueError(f"width {self.shape.width} is not a multiple of heads {self.shape.heads}: set head_dim")
+        return self
+
+    @property
+    def shape(self) -> Backbone:
+        """The named size with this section's overrides."""
+        given = {k: v for k in ("width", "depth", "heads", "patch") if (v := getattr(self, k)) is not None}
+        return SIZES[self.size].model_copy(update=given)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.shape.width // self.shape.heads
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width of one MLP expert."""
+        return self.mlp.hidden or round(self.mlp_ratio * self.shape.width / self.mlp.top_k)
+
+
+# ---------------------------------------------------------------- objective, training
+
+
+class LossSpec(Strict):
+    """What is minimised: weighted task losses plus terms on the routing."""
+
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """`fixed`: each task's loss_weight. `uncertainty`: learned, on top of it (Mod-Squad)."""
+    mutual_information: float = Field(0.0, ge=0)
+    """Weight of -I(task; expert), summed over the sparse layers."""
+    memory: float = Field(0.99, ge=0, lt=1)
+    """Decay per micro-batch of the remembered P(expert | task), which stands in for tasks that are absent from a step."""
+    load_balance: float = Field(0.0, ge=0)
+    """Weight of the Switch load-balance loss, summed over the sparse layers."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the router z-loss (mean squared logsumexp of the router's logits), summed over the sparse layers."""
+
+
+class OptimizerSpec(Strict):
+    """Optimizer, learning rate and what is done to gradients."""
+
+    type: Literal["adamw", "lamb"] = "adamw"
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.05, ge=0)
+    """Not applied to biases, norms, position and task embeddings."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning-rate factor per block, counted from the head downwards."""
+    clip: float = Field(0.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleSpec(Strict):
+    """Learning rate over the steps, as a multiple of the peak."""
+
+    type: Literal["cosine", "onecycle"] = "cosine"
+    warmup: int = Field(0, ge=0)
+    """Cosine: steps of linear warm-up."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Cosine: share of the peak at the end."""
+    rise: float = Field(0.3, gt=0, lt=1)
+    """OneCycle: share of the steps before the peak."""
+    start_div: float = Field(25.0, gt=0)
+    """OneCycle: peak / first learning rate."""
+    final_div: float = Field(1e4, gt=0)
+    """OneCycle: first / last learning rate."""
+
+
+class TrainSpec(Strict):
+    """The loop."""
+
+    steps: int = Field(gt=0)
+    sampling: Literal["packed", "weighted"] = "packed"
+    """`packed`: every step holds a sub-batch of every task. `weighted`: one task per step, drawn by sampling_weight."""
+    accumulation: int = Field(1, gt=0)
+    """Micro-batches per optimizer step."""
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec = ScheduleSpec()
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which the model file then holds; 0 turns it off."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between training checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: int = Field(2, gt=0)
+    log_every: int = Field(10, gt=0)
+    workers: int = Field(4, ge=0)
+    """Data loading processes per rank; 0 loads in the training process."""
+    shuffle_window: int = Field(4, gt=0)
+    """Shards whose samples are mixed at a time."""
+
+
+class ParallelSpec(Strict):
+    """How the model lies on the ranks."""
+
+    ep_size: int = Field(1, gt=0)
+    """Ranks that share the MLP experts of one copy of the model. Divides the world size and the number of experts."""
+    attention_ep_size: int = Field(1, gt=0)
+    """The same for attention experts; they are small, so by default every rank holds them all."""
+    timeout_minutes: float = Field(10.0, gt=0)
+    """A collective that takes longer ends the job."""
+
+
+class LogSpec(Strict):
+    """Where records go besides RUN/metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online where a key is set, else offline."""
+    wandb_project: str = "modsquad_ds"
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    name: str
+    run: Path
+    """Folder of this run's outputs."""
+    data_root: Path = Path()
+    """Folder that relative `data:` paths of tasks start from."""
+    seed: int = Field(0, ge=0)
+    deepspeed_config: str = "zero2"
+    """Name of a file in ds_configs/, or a path to a DeepSpeed JSON."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto`: go on from the run's newest complete checkpoint if there is one. `must`: refuse to start without one."""
+    only: tuple[str, ...] = ()
+    """Train these of the tasks alone; empty means all."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of the pixels' channels (RGB, 0 to 255), and their standard deviation."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    model: ModelSpec
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    loss: LossSpec = LossSpec()
+    train: TrainSpec
+    parallel: ParallelSpec = ParallelSpec()
+    log: LogSpec = LogSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        unknown = [name for name in self.only if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"only names {', '.join(unknown)}, not among tasks: {', '.join(self.tasks)}")
+        for name in self.tasks:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(f"task name {name!r}: use lower-case letters, digits and _ (it names folders and parameters)")
+        for key, ep, moe in (
+            ("ep_size", self.parallel.ep_size, self.model.mlp),
+            ("attention_ep_size", self.parallel.attention_ep_size, self.model.attention),
+        ):
+            if moe.num_experts % ep:
+                raise ValueError(f"parallel.{key} {ep} does not divide the {moe.num_experts} experts of a layer")
+        return self
+
+    @property
+    def active(self) -> dict[str, TaskSpec]:
+        """The tasks that this run trains, in the recipe's order."""
+        return {name: spec for name, spec in self.tasks.items() if not self.only or name in self.only}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe's name or a YAML file, with `key=value` overrides (dotted keys, YAML values).
+
+    Raises UserError with the file, the key's path, what was expected and, for unknown keys, the nearest known one.
+    """
+    tree = _read_tree(recipe, ())
+    for text in overrides:
+        _override(tree, text)
+    return recipe_from_tree(tree, recipe)
+
+
+def recipe_from_tree(tree: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe held by a plain mapping, e.g. read from JSON; `where` names its origin in errors."""
+    try:
+        return Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError(f"recipe {where}: " + "; ".join(_one_line(e) for e in error.errors())) from None
+
+
+def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
+    """Plain JSON-able mapping that `recipe_from_tree` turns back into the same recipe."""
+    return recipe.model_dump(mode="json")
+
+
+def recipe_file(recipe: str) -> Path:
+    """Path of a shipped recipe's name or of a YAML file. Raises UserError where there is neither."""
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(f"recipe {recipe}: no such file {path}; give a YAML file or one of: {', '.join(shipped)}")
+    return path
+
+
+def _read_tree(recipe: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping of a recipe file, laid over that of its `base:`."""
+    path = recipe_file(recipe)
+    if path.resolve() in seen:
+        raise UserError(f"recipe {path}: its chain of base: recipes leads back to itself; remove one base: key")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read as text ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    # A file is named as seen from the recipe that names it, wherever the command runs.
+    name = str(path.parent / str(base)) if str(base).endswith((".yaml", ".yml")) else str(base)
+    return _merge(_read_tree(name, (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `dotted.key=value` to the tree in place."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r}: expected key=value, e.g. train.steps=100")
+    *path, last = key.split(".")
+    for depth, part in enumerate(path):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {text!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: {value!r} is not a YAML value; quote it") from None
+
+
+def _one_line(error: Any) -> str:
+    """One of pydantic's findings as `path: what (given ...)`."""
+    location = [str(part) for part in error["loc"]]
+    path = ".".join(part for i, part in enumerate(location) if not _is_tag(location[:i], part)) or "recipe"
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(location[-1], sorted(_known_keys()), n=1)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{path}: missing; this key is required"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.{error['ctx']['discriminator'].strip(chr(39))}: missing; this key is required"
+    given = error["input"]
+    shown = "" if isinstance(given, Mapping | Strict) else f" (given {given!r})"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _is_tag(before: list[str], part: str) -> bool:
+    """Whether pydantic, not the user, put this part into a location: the kind of a task or the type of a head."""
+    if len(before) == 2:
+        return before[0] == "tasks" and part in KINDS
+    return len(before) == 4 and before[3] == "head" and before[2] != CLASSIFICATION
+
+
+def _known_keys() -> set[str]:
+    """Every field name of every recipe section."""
+    todo: list[type[Strict]] = list(Strict.__subclasses__())
+    names: set[str] = set()
+    while todo:
+        section = todo.pop()
+        names.update(section.model_fields)
+        todo.extend(section.__subclasses__())
+    return names

@@ -1,0 +1,213 @@
+"""What a task is: one row per kind of task, and one typed section per task in the recipe. First stop of every recipe.
+
+A kind fixes the label field that a shard must hold, the metrics that are reported and which of them is the headline. A task
+is an instance of a kind with its own data, head, augmentation and weight. Adding a task to a recipe is one entry under
+`tasks:`; adding a kind is one `Kind` row here, one head in `model/heads`, one transform in `data/transforms.py` and one
+metric in `metrics.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the table of kinds."""
+
+    name: str
+    label_field: str
+    """Name of the label's member in a shard, after the sample's key: `cls`, `json` or `seg.png`."""
+    metrics: tuple[str, ...]
+    """Keys of the held-out metrics, each in [0, 1]; the first is the headline."""
+
+
+CLASSIFICATION, DETECTION, SEGMENTATION = "classification", "detection", "segmentation"
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(CLASSIFICATION, "cls", ("top1", "top5")),
+        Kind(DETECTION, "json", ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")),
+        Kind(SEGMENTATION, "seg.png", ("mIoU", "mAcc", "aAcc")),
+    )
+}
+
+IGNORE_INDEX = 255
+"""Segmentation label of the pixels that count neither in the loss nor in the metrics."""
+
+
+class Strict(BaseModel):
+    """Base of every recipe section: typed, unchangeable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+# ---------------------------------------------------------------- transforms
+
+
+class ClassificationTransform(Strict):
+    """RandomResizedCrop, flip, RandAugment, RandomErasing per image; Mixup or CutMix per pair of neighbours in the batch."""
+
+    image_size: int = 224
+    """Side of the square that the model sees, in pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's area as a share of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(0.5, ge=0, le=1)
+    rand_augment_ops: int = Field(0, ge=0)
+    """Operations of RandAugment per image; 0 turns it off."""
+    rand_augment_magnitude: int = Field(9, ge=0, le=30)
+    erasing: float = Field(0.0, ge=0, le=1)
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of Mixup's beta distribution; 0 turns it off. With `cutmix` also on, each pair draws one of the two evenly."""
+    cutmix: float = Field(0.0, ge=0)
+    eval_resize: int | None = None
+    """Short side before the centre crop at evaluation; default image_size * 256 / 224."""
+
+
+class DetectionTransform(Strict):
+    """Random resize onto a canvas that is the same for every image of the step, flip, boxes clipped, empty ones dropped."""
+
+    canvases: tuple[Size, ...] = ((640, 640),)
+    """Training canvases (height, width), multiples of the patch size. Each step draws one for all its images, on all ranks."""
+    scale: tuple[float, float] = (0.6, 1.0)
+    """Range of the image's scale relative to the largest that fits the canvas."""
+    flip: float = Field(0.5, ge=0, le=1)
+    eval_canvas: Size = (800, 1344)
+    """At evaluation the image is resized to fit this canvas (the short side first, turned for upright images), ratio kept, and
+    padded to it."""
+
+
+class SegmentationTransform(Strict):
+    """Resize by a random ratio, crop, flip, photometric distortion; the label's padding is 255 (ignored)."""
+
+    crop: Size = (512, 512)
+    resize: Size = (512, 2048)
+    """Short and long side that the ratio multiplies: the image is scaled to fit both. Evaluation uses ratio 1."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    flip: float = Field(0.5, ge=0, le=1)
+    photometric: bool = True
+    max_class_share: float = Field(0.75, gt=0, le=1)
+    """A crop in which one class covers more than this is drawn again, up to ten times."""
+
+
+# ---------------------------------------------------------------- heads
+
+
+class LinearHead(Strict):
+    """Mean of the patch tokens, then one linear layer."""
+
+    type: Literal["linear"] = "linear"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class AnchorFreeHead(Strict):
+    """FCOS-style detector: focal loss on classes, GIoU on boxes, on a simple feature pyramid."""
+
+    type: Literal["anchor_free"] = "anchor_free"
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Pixels per feature cell of each pyramid level; each a power of two times or part of the patch size."""
+    channels: int = 256
+    convs: int = 4
+    box_weight: float = 1.0
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.6
+    max_detections: int = 100
+
+
+class RetinaNetHead(Strict):
+    """RetinaNet (torchvision's anchors, matcher, coder and losses) on a simple feature pyramid."""
+
+    type: Literal["retinanet"] = "retinanet"
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    channels: int = 256
+    convs: int = 4
+    anchor_scale: float = 4.0
+    """Side of the smallest anchor in cells; three scales per octave, ratios 1/2, 1, 2."""
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+
+
+class UPerNetHead(Strict):
+    """mmsegmentation's UPerHead on a simple feature pyramid, with an auxiliary FCNHead."""
+
+    type: Literal["upernet"] = "upernet"
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    channels: int = 512
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    dropout: float = 0.1
+    norm: Literal["group", "batch", "sync_batch"] = "group"
+    aux_weight: float = 0.4
+    aux_channels: int = 256
+
+
+class FCNSegHead(Strict):
+    """mmsegmentation's FCNHead on one level of a simple feature pyramid, with an auxiliary FCNHead."""
+
+    type: Literal["fcn"] = "fcn"
+    stride: int = 8
+    channels: int = 256
+    convs: int = 2
+    dropout: float = 0.1
+    norm: Literal["group", "batch", "sync_batch"] = "group"
+    aux_weight: float = 0.4
+    aux_channels: int = 256
+
+
+# ---------------------------------------------------------------- tasks
+
+
+class _Task(Strict):
+    data: Path
+    """Folder with the shard folders of the splits (`train/`, `val/`), as `modsquad-ds shards` writes them."""
+    num_classes: int = Field(gt=0)
+    batch_size: int | None = Field(None, gt=0)
+    """Images per optimizer step over all ranks. Exactly one of this and `batch_size_per_rank`."""
+    batch_size_per_rank: int | None = Field(None, gt=0)
+    """Images per rank and micro-batch."""
+    loss_weight: float = Field(1.0, ge=0)
+    sampling_weight: float = Field(1.0, gt=0)
+    """Relative frequency of the task's steps with `sampling: weighted`."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> Self:
+        if (self.batch_size is None) == (self.batch_size_per_rank is None):
+            raise ValueError("give exactly one of batch_size (whole step, all ranks) and batch_size_per_rank")
+        return self
+
+
+class ClassificationTask(_Task):
+    """Images with one class each."""
+
+    kind: Literal["classification"]
+    head: LinearHead = LinearHead()
+    transform: ClassificationTransform = ClassificationTransform()
+
+
+class DetectionTask(_Task):
+    """Images with boxes."""
+
+    kind: Literal["detection"]
+    head: Annotated[AnchorFreeHead | RetinaNetHead, Field(discriminator="type")] = RetinaNetHead()
+    transform: DetectionTransform = DetectionTransform()
+
+
+class SegmentationTask(_Task):
+    """Images with a class per pixel."""
+
+    kind: Literal["segmentation"]
+    head: Annotated[UPerNetHead | FCNSegHead, Field(discriminator="type")] = UPerNetHead()
+    transform: SegmentationTransform = SegmentationTransform()
+
+
+TaskSpec = Annotated[ClassificationTask | DetectionTask | SegmentationTask, Field(discriminator="kind")]
+"""One entry of a recipe's `tasks:` section."""
