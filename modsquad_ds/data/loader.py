@@ -1,0 +1,373 @@
+"""Shards -> batches: what training and evaluation iterate over, the last stop of the data before the model.
+
+A training batch is a pure function of (seed, micro-step, rank, world): the dataset below is indexed by micro-step, the
+sampler is a plain range, and worker processes only compute ahead. Whatever a user has to mend arrives as a UserError.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from modsquad_ds.data.decode import decode_sample
+from modsquad_ds.data.mixing import Mixing, mix_pairs
+from modsquad_ds.data.order import SampleOrder, Sampling, TaskSchedule, derive_seed, rank_slice, step_positions
+from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.data.transforms import TRANSFORMS, Pixels, Ready, eval_resize, seeded
+from modsquad_ds.data.types import Batch, RawSample, SubBatch
+from modsquad_ds.errors import UserError
+from modsquad_ds.tasks import (
+    ClassificationTask,
+    ClassificationTransform,
+    DetectionTransform,
+    SegmentationTransform,
+    TaskSpec,
+)
+
+TRAIN, VAL = "train", "val"
+"""Names of the splits' folders below a task's `data`."""
+
+
+class SampleStore(Protocol):
+    """Random access to the samples of one split; `ShardSet` is the real one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def shard_sizes(self) -> Sequence[int]: ...
+    def read(self, shard: int, sample: int) -> RawSample: ...
+
+
+OpenStore = Callable[[Path], SampleStore]
+"""Shard folder -> its samples."""
+
+
+@dataclass(frozen=True)
+class LoaderPlan:
+    """Everything that decides what is loaded."""
+
+    tasks: dict[str, TaskSpec]
+    root: Path
+    """Folder that relative `data` paths of the tasks start from."""
+    seed: int
+    sampling: Sampling
+    shuffle_window: int
+    """Shards whose samples are shuffled together."""
+    patch_size: int
+    mean: tuple[float, float, float]
+    """RGB, scale 0..255."""
+    std: tuple[float, float, float]
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    open_store: OpenStore = ShardSet
+
+    @property
+    def pixels(self) -> Pixels:
+        """The part that the transforms need."""
+        return Pixels(self.mean, self.std, self.patch_size)
+
+    def folder(self, task: str, split: str) -> Path:
+        """Shard folder of a task's split."""
+        return self.root / self.tasks[task].data / split
+
+    def train_store(self, task: str) -> SampleStore:
+        """A task's training samples. Shards of two windows stay open, since a batch can lie across their border."""
+        folder = self.folder(task, TRAIN)
+        if self.open_store is ShardSet:
+            return ShardSet(folder, open_shards=2 * self.shuffle_window)
+        return self.open_store(folder)
+
+    def step_images(self, task: str) -> int:
+        """Images of `task` in one of its optimizer steps, over all ranks and micro-batches."""
+        spec = self.tasks[task]
+        if spec.batch_size is not None:
+            return spec.batch_size
+        assert spec.batch_size_per_rank is not None
+        return spec.batch_size_per_rank * self.world * self.accumulation
+
+    def rank_images(self, task: str) -> int:
+        """Images of `task` in one micro-batch of one rank. UserError if the step's images cannot be divided evenly."""
+        images, parts = self.step_images(task), self.world * self.accumulation
+        if images % parts:
+            raise UserError(
+                f"tasks.{task}.batch_size: {images} images cannot be divided over {self.world} ranks "
+                f"x {self.accumulation} micro-batches: take a multiple of {parts}"
+            )
+        return images // parts
+
+
+# ---------------------------------------------------------------- training
+
+
+class _TaskStream:
+    """The training batches of one task."""
+
+    def __init__(self, plan: LoaderPlan, name: str) -> None:
+        self.plan, self.name, self.spec = plan, name, plan.tasks[name]
+        self.store = plan.train_store(name)
+        self.order = SampleOrder(self.store.shard_sizes, derive_seed("order", plan.seed, name), plan.shuffle_window)
+        self.mixing = _mixing(self.spec)
+
+    def batch(self, step: int, task_step: int, micro: int) -> SubBatch:
+        """This rank's part of micro-batch `micro` of `step`, which is the task's own step `task_step`."""
+        plan, rows = self.plan, TRANSFORMS[self.spec.kind]
+        share = plan.rank_images(self.name) * plan.world
+        everyone = step_positions(task_step * plan.accumulation + micro, share)
+        positions = everyone[rank_slice(share, plan.rank, plan.world)]
+        canvas = rows.canvas(self.spec.transform, plan.seed, self.name, step)
+        samples, keys = [], []
+        for position in positions:
+            place = self.order.locate(position)
+            raw = self.store.read(place.shard, place.sample)
+            decoded = decode_sample(raw, self.spec.kind, self.spec.num_classes)
+            with seeded(derive_seed("sample", plan.seed, self.name, place.epoch, position)):
+                samples.append(rows.train(decoded, self.spec.transform, plan.pixels, canvas))
+            keys.append(raw.key)
+        batch = rows.collate(samples, keys)
+        if self.mixing is None:
+            return batch
+        seeds = [derive_seed("mix", plan.seed, self.name, first) for first in positions[::2]]
+        return mix_pairs(batch, self.mixing, seeds)
+
+
+def _mixing(spec: TaskSpec) -> Mixing | None:
+    if isinstance(spec, ClassificationTask) and (spec.transform.mixup > 0 or spec.transform.cutmix > 0):
+        return Mixing(spec.transform.mixup, spec.transform.cutmix, spec.num_classes)
+    return None
+
+
+class StepDataset(Dataset[Batch]):
+    """Micro-step -> this rank's Batch. Micro-step m is micro-batch m mod A of optimizer step m div A."""
+
+    def __init__(self, plan: LoaderPlan) -> None:
+        self._accumulation = plan.accumulation
+        weights = {name: spec.sampling_weight for name, spec in plan.tasks.items()}
+        self._schedule = TaskSchedule(plan.sampling, plan.seed, weights)
+        self._streams = {name: _TaskStream(plan, name) for name in plan.tasks}
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        """UserError if a sample cannot be read, decoded or used; it names shard, key and field."""
+        step, micro = divmod(micro_step, self._accumulation)
+        return {
+            name: self._streams[name].batch(step, self._schedule.task_step(name, step), micro)
+            for name in self._schedule.active(step)
+        }
+
+
+def train_loader(plan: LoaderPlan, start_step: int, steps: int, workers: int) -> "BatchLoader[Batch]":
+    """Batches of the optimizer steps `start_step` .. `steps` - 1, `accumulation` of them per step, in order."""
+    micro_steps = range(start_step * plan.accumulation, steps * plan.accumulation)
+    return BatchLoader(StepDataset(plan), micro_steps, workers)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class EvalDataset(Dataset[SubBatch]):
+    """Index -> batch of this rank's part of a split; over all ranks every sample is valid exactly once.
+
+    Rank r holds a contiguous block of the split in shard order. All ranks have the same number of batches of the same
+    sizes; where samples run out the last one is repeated with `valid` False in its meta.
+    """
+
+    def __init__(self, plan: LoaderPlan, task: str, split: str, batch_size: int) -> None:
+        self._spec, self._pixels = plan.tasks[task], plan.pixels
+        self._store = plan.open_store(plan.folder(task, split))
+        self._starts = np.concatenate([[0], np.cumsum(np.asarray(self._store.shard_sizes, dtype=np.int64))])
+        self._samples = int(self._starts[-1])
+        if self._samples == 0:
+            raise UserError(f"{plan.folder(task, split)}: no samples to evaluate task {task!r} on")
+        self._share = -(-self._samples // plan.world)
+        self._first = plan.rank * self._share
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self._share // self._batch_size)
+
+    def __getitem__(self, index: int) -> SubBatch:
+        """UserError as in StepDataset. IndexError beyond the last batch."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = TRANSFORMS[self._spec.kind]
+        samples: list[Ready] = []
+        keys: list[str] = []
+        for offset in range(index * self._batch_size, min((index + 1) * self._batch_size, self._share)):
+            wanted = self._first + offset
+            position = min(wanted, self._samples - 1)
+            shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+            raw = self._store.read(shard, position - int(self._starts[shard]))
+            decoded = decode_sample(raw, self._spec.kind, self._spec.num_classes)
+            ready = rows.evaluate(decoded, self._spec.transform, self._pixels)
+            samples.append(ready._replace(meta=ready.meta | {"valid": wanted == position}))
+            keys.append(raw.key)
+        return rows.collate(samples, keys)
+
+
+def eval_batches(plan: LoaderPlan, task: str, split: str, batch_size: int, workers: int = 0) -> "BatchLoader[SubBatch]":
+    """This rank's batches of `split` in order, no shuffling, no augmentation; the same number on every rank."""
+    dataset = EvalDataset(plan, task, split, batch_size)
+    return BatchLoader(dataset, range(len(dataset)), workers)
+
+
+# ---------------------------------------------------------------- worker processes
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Parcel(Generic[T]):
+    """What a worker sends: a batch, or the message of a UserError.
+
+    An exception raised in a worker would arrive with the worker's traceback in its message, so it travels as data.
+    """
+
+    content: T | None = None
+    failure: str | None = None
+
+    def pin_memory(self) -> "_Parcel[T]":
+        """Called by DataLoader; its own way through nested data would turn the tuples of SubBatch into lists."""
+        return _Parcel(_pin(self.content), self.failure)
+
+
+def _pin(content: Any) -> Any:
+    """Page-locked copies of images and targets, anything else as it is."""
+    if isinstance(content, Tensor):
+        return content.pin_memory()
+    if isinstance(content, SubBatch):
+        return content._replace(images_BCHW=_pin(content.images_BCHW), targets=_pin(content.targets))
+    if isinstance(content, dict):
+        return {name: _pin(value) for name, value in content.items()}
+    return [_pin(value) for value in content] if isinstance(content, list) else content
+
+
+class _Parcels(Dataset[_Parcel[T]]):
+    def __init__(self, dataset: Dataset[T]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> _Parcel[T]:
+        try:
+            return _Parcel(self._dataset[index])
+        except UserError as error:
+            return _Parcel(failure=str(error))
+
+
+def _as_is(item: T) -> T:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the main process answers it. (torch sets one thread per worker.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BatchLoader(Generic[T]):
+    """`dataset[i] for i in indices`, computed ahead by `workers` processes (0: in this one). Has a length.
+
+    Iterating raises UserError, message intact, when a worker met one. The workers live as long as one iteration.
+    """
+
+    def __init__(self, dataset: Dataset[T], indices: range, workers: int) -> None:
+        self._loader: DataLoader[_Parcel[T]] = DataLoader(
+            _Parcels(dataset),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            # Without its own generator DataLoader draws a seed from the one that training uses.
+            generator=torch.Generator(),
+            prefetch_factor=2 if workers > 0 else None,
+        )
+        self._length = len(indices)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        parcels = iter(self._loader)
+        try:
+            for parcel in parcels:
+                if parcel.failure is not None:
+                    raise UserError(parcel.failure)
+                assert parcel.content is not None
+                yield parcel.content
+        finally:
+            # The last reference: the workers end here and now. Left to the garbage collector, which breaks their queues
+            # first, torch waits five seconds for each.
+            del parcels
+
+
+# ---------------------------------------------------------------- checks before training
+
+
+def check_data(plan: LoaderPlan, splits: Sequence[str] = (TRAIN, VAL)) -> None:
+    """Meet every mismatch of recipe and data that needs no decoding. UserError with field, file and numbers."""
+    for name, spec in plan.tasks.items():
+        images = plan.rank_images(name)
+        if _mixing(spec) is not None and images % 2:
+            raise UserError(
+                f"tasks.{name}: mixup and cutmix mix pairs, but a rank's micro-batch holds {images} images "
+                f"({plan.step_images(name)} over {plan.world} ranks x {plan.accumulation} micro-batches): make it even"
+            )
+    for split in splits:
+        check_split(plan, split)
+
+
+def check_split(plan: LoaderPlan, split: str) -> None:
+    """The part of `check_data` that evaluation needs, on any number of ranks: kinds, numbers of classes and sizes."""
+    for name, spec in plan.tasks.items():
+        _check_transform(name, spec, plan.patch_size)
+        _check_store(name, spec, plan.folder(name, split), plan.open_store)
+
+
+def _check_store(name: str, spec: TaskSpec, folder: Path, open_store: OpenStore) -> None:
+    store = open_store(folder)
+    if store.kind != spec.kind:
+        raise UserError(f"tasks.{name}.kind: the recipe says {spec.kind}, but {folder} holds {store.kind} shards")
+    found = len(store.classes)
+    if found != spec.num_classes:
+        raise UserError(f"tasks.{name}.num_classes: the recipe says {spec.num_classes}, but {folder} has {found}")
+    if sum(store.shard_sizes) == 0:
+        raise UserError(f"tasks.{name}.data: {folder} holds no samples")
+
+
+def _check_transform(name: str, spec: TaskSpec, patch_size: int) -> None:
+    transform = spec.transform
+    sizes: dict[str, tuple[int, ...]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    match transform:
+        case ClassificationTransform():
+            sizes["image_size"] = (transform.image_size,)
+            ranges |= {"scale": transform.scale, "ratio": transform.ratio}
+            if eval_resize(transform) < transform.image_size:
+                raise UserError(
+                    f"tasks.{name}.transform.eval_resize: {transform.eval_resize} px is less than "
+                    f"image_size {transform.image_size}: the centre crop would reach beyond the image"
+                )
+        case DetectionTransform():
+            sizes |= {f"canvases[{index}]": canvas for index, canvas in enumerate(transform.canvases)}
+            sizes["eval_canvas"] = transform.eval_canvas
+            ranges["scale"] = transform.scale
+            if not transform.canvases:
+                raise UserError(f"tasks.{name}.transform.canvases: empty; give at least one (height, width)")
+        case SegmentationTransform():
+            sizes["crop"] = transform.crop
+            ranges["ratio"] = transform.ratio
+    for field, sides in sizes.items():
+        if any(side < 1 or side % patch_size for side in sides):
+            found = f"tasks.{name}.transform.{field}: {' x '.join(map(str, sides))} px"
+            raise UserError(f"{found}; expected multiples of the patch size {patch_size}")
+    for field, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            raise UserError(f"tasks.{name}.transform.{field}: {low} to {high}; expected 0 < low <= high")
