@@ -1,0 +1,1 @@
+"""The network: token pack, routers, sparse layers, backbone, heads. Knows no DeepSpeed and no ranks."""

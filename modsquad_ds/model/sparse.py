@@ -1,0 +1,82 @@
+"""The sparse layers of a block: MoE MLP and MoE attention, each as route, dispatch, compute, combine.
+
+Axes: S tokens in the pack, D width, K top-k, R = S * K rows, C width of one attention head, B images, N tokens of an image.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modsquad_ds.model.dispatch import Dispatcher, LocalDispatcher
+from modsquad_ds.model.experts import ExpertBank, HeadExperts, MLPExperts, expert_linear
+from modsquad_ds.model.pack import Segment, slices
+from modsquad_ds.model.router import Router, Routing, RoutingStats
+
+
+class SparseLayer(nn.Module):
+    """A router, a bank of experts and the dispatcher between them, which the parallel side may replace."""
+
+    experts: ExpertBank
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+
+class SparseMLP(SparseLayer):
+    """y = sum over the chosen experts of gate weight * expert MLP (Mod-Squad, equation of its MoE MLP layer)."""
+
+    def __init__(self, router: Router, experts: MLPExperts) -> None:
+        super().__init__(router)
+        self.experts: MLPExperts = experts
+
+    def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, RoutingStats]:
+        """`[S, D]` -> `[S, D]` and the routing's statistics."""
+        routing = self.router(x_SD, segments)
+        plan = self.dispatcher.plan(routing)
+        rows_RD = self.experts(self.dispatcher.dispatch(x_SD, plan), plan.rows)
+        return weighted_sum(self.dispatcher.combine(rows_RD, plan), routing), routing.stats
+
+
+class SparseAttention(SparseLayer):
+    """Mixture of attention heads (Mod-Squad): an expert is a query and an output projection; keys and values are shared.
+
+    A token's K chosen experts give K queries against the one key-value head of its image; each result goes back through
+    its expert's output projection, is weighted by its gate, and summed. One plan serves both projections.
+    """
+
+    def __init__(self, router: Router, experts: HeadExperts, width: int) -> None:
+        super().__init__(router)
+        self.experts: HeadExperts = experts
+        self.head_dim = experts.q_weight.shape[1]
+        self.kv = nn.Linear(width, 2 * self.head_dim)
+
+    def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, RoutingStats]:
+        """`[S, D]` -> `[S, D]` and the routing's statistics."""
+        routing = self.router(x_SD, segments)
+        plan = self.dispatcher.plan(routing)
+        rows_RD = self.dispatcher.dispatch(x_SD, plan)
+        q_RC = self.dispatcher.combine(expert_linear(rows_RD, plan.rows, self.experts.q_weight), plan)
+        attended_RC = self._attend(q_RC, self.kv(x_SD), segments)
+        rows_RC = self.dispatcher.dispatch(attended_RC, plan)
+        out_RD = self.dispatcher.combine(expert_linear(rows_RC, plan.rows, self.experts.proj_weight), plan)
+        return weighted_sum(out_RD, routing), routing.stats
+
+    def _attend(self, q_RC: Tensor, kv_S2C: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        """One-head attention per image, with N * K queries on N keys."""
+        top_k = self.router.top_k
+        parts, start = [], 0
+        for segment, kv in slices(kv_S2C, segments):
+            stop = start + segment.length * top_k
+            q = q_RC[start:stop].view(segment.batch, 1, segment.tokens * top_k, self.head_dim)
+            k, v = kv.view(segment.batch, 1, segment.tokens, 2 * self.head_dim).chunk(2, dim=-1)
+            parts.append(F.scaled_dot_product_attention(q, k, v).reshape(-1, self.head_dim))
+            start = stop
+        return torch.cat(parts)
+
+
+def weighted_sum(slots_RD: Tensor, routing: Routing) -> Tensor:
+    """Gate-weighted sum of each token's K rows: `[S * K, D]` -> `[S, D]`."""
+    weight_SK1 = routing.weight_SK.to(slots_RD.dtype).unsqueeze(-1)
+    return (slots_RD.view(*routing.weight_SK.shape, -1) * weight_SK1).sum(1)
