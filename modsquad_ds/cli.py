@@ -1,0 +1,184 @@
+"""The command line: parse, build, call. Every command is a function below; a user's mistake is one line and exit code 2."""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modsquad_ds import __version__
+from modsquad_ds.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="One sparse vision transformer, many tasks, differently labelled datasets.",
+    epilog="Start: bash tools/quickstart.sh. Then: shards -> train -> evaluate -> predict.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, e.g. train.steps=100 'only=[digits]'.", metavar="[KEY=VALUE]..."),
+]
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.", metavar="RECIPE")]
+
+
+@app.callback()
+def options(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options before the command. The deepspeed launcher puts --local_rank there; ranks are read from the environment."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train a recipe; goes on from the run's newest checkpoint.
+
+    [dim]deepspeed --num_gpus 2 --module modsquad_ds train quickstart
+    torchrun --nproc_per_node 8 -m modsquad_ds train heterogeneous data_root=/shards
+    srun python -m modsquad_ds train my.yaml
+    python -m modsquad_ds train quickstart parallel.ep_size=1[/dim]
+    """
+    from modsquad_ds.config import load_recipe
+    from modsquad_ds.train import train as run
+
+    run(load_recipe(recipe, overrides or ()))
+
+
+@app.command()
+def evaluate(
+    run_or_model: Annotated[Path, typer.Argument(help="A run folder or a model file.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' shards, in place of the recipe's data_root.")] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders only).")] = True,
+) -> None:
+    """Held-out metrics, beside those of the untrained network; writes evaluation.json. Runs on any number of ranks."""
+    from modsquad_ds.evaluate import evaluate as measure
+    from modsquad_ds.evaluate import model_path
+    from modsquad_ds.model_file import read_model
+    from modsquad_ds.report import write_pictures
+    from modsquad_ds.tables import information_of, print_results
+
+    results = measure(run_or_model, data, split)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    model = read_model(model_path(run_or_model))
+    print_results(results, model.recipe, information_of(model))
+    if pictures and run_or_model.is_dir():
+        for path in write_pictures(run_or_model, data):
+            print(path)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model file or a run folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures: JPEG, PNG, WebP or GIF.")],
+    task: Annotated[str, typer.Option(help="Task of the model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the drawn pictures and the JSON files.")],
+) -> None:
+    """Label, boxes or mask of any picture: drawn on it, and as JSON."""
+    from modsquad_ds.predict import predict as run
+
+    run(model, images, task, out)
+
+
+@app.command()
+def shards(
+    layout: Annotated[str, typer.Argument(help="imagenet, coco or ade20k.")],
+    src: Annotated[Path, typer.Argument(help="The dataset as it was downloaded.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards; they go to OUT/SPLIT.")],
+    split: Annotated[str, typer.Option(help="Split to convert.")] = "train",
+    samples_per_shard: Annotated[int, typer.Option(help="Samples per tar.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    skip_bad: Annotated[bool, typer.Option(help="Leave bad samples out and count them, rather than refuse.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace shards that are already there.")] = False,
+) -> None:
+    """Convert a dataset to WebDataset shards with an index, checking every sample.
+
+    [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train
+    modsquad-ds shards coco /data/coco /shards/coco --split val2017
+    modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split training[/dim]
+    """
+    from modsquad_ds.data.convert import convert
+
+    convert(
+        layout, src, out, split,
+        samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
+def quickstart_data(out: Annotated[Path, typer.Argument(help="Folder for the datasets and their shards.")]) -> None:
+    """Make the quickstart's three small datasets from real pixels, in ImageNet, COCO and ADE20K layout, and their shards."""
+    from modsquad_ds.data.quickstart import build
+
+    build(out)
+
+
+@app.command()
+def describe(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Parameters of a recipe's network, total and active per task. Needs no memory for them and no data."""
+    from modsquad_ds.config import load_recipe
+    from modsquad_ds.tables import print_description
+
+    print_description(load_recipe(recipe, overrides or ()))
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folders.")]) -> None:
+    """Headline metrics of several runs side by side, with their parameters and training time."""
+    from modsquad_ds.tables import print_comparison
+
+    print_comparison(runs)
+
+
+@app.command(hidden=True)
+def free_port() -> None:
+    """A port for a launcher's --master_port, so that two jobs on one machine do not meet."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        print(probe.getsockname()[1])
+
+
+def main() -> None:
+    """Run the command line; the exit code is 2 for a user's mistake.
+
+    A rank that fails leaves at once, without waiting for others: the launcher then ends the job. Other ranks than the first
+    wait a moment before they speak, so that a mistake that all of them meet is told once.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    try:
+        app()
+    except UserError as error:
+        _say(f"error: {error}", alone)
+        _leave(2, alone)
+    except Exception:
+        if alone:
+            raise
+        _say(traceback.format_exc(), alone)
+        _leave(1, alone)
+
+
+def _say(text: str, alone: bool) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(2.0)
+    print(text if alone or not rank else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int, alone: bool) -> None:
+    if alone:
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)

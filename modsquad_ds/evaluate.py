@@ -1,0 +1,123 @@
+"""Evaluation: a model file and held-out shards in, exact metrics out, on any number of ranks. Called by cli.py.
+
+Every rank holds the whole model (no expert parallelism), takes its own part of the samples, and only the metrics' sums are
+gathered: no sample is counted twice and none is lost.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from modsquad_ds.config import Recipe
+from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
+from modsquad_ds.data.types import SubBatch
+from modsquad_ds.errors import UserError
+from modsquad_ds.files import write_json
+from modsquad_ds.metrics import METRICS
+from modsquad_ds.model.network import MultiTaskNetwork, build_network
+from modsquad_ds.model_file import ModelFile, network_of, read_model
+from modsquad_ds.parallel import launch
+from modsquad_ds.parallel.collectives import gather_json
+from modsquad_ds.plan import loader_plan
+from modsquad_ds.tasks import KINDS
+
+BATCH_IMAGES = 16
+"""Images per forward pass."""
+
+Results = dict[str, dict[str, float | None]]
+"""Task -> metric -> value in [0, 1]; None where the data cannot say, e.g. AP of small objects without small objects."""
+
+
+def model_path(run_or_model: Path) -> Path:
+    """The model file of a run folder, or the file itself."""
+    return run_or_model / "model.safetensors" if run_or_model.is_dir() else run_or_model
+
+
+def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> dict[str, Any]:
+    """Metrics of a model and of the same network untrained, also written to evaluation.json beside the model file.
+
+    Args:
+        run_or_model: a run folder, or a model file.
+        data: folder that relative `data:` paths of the tasks start from, in place of the recipe's.
+    """
+    path = model_path(run_or_model)
+    model = read_model(path)
+    ranks = launch.start(model.recipe.parallel.timeout_minutes)
+    recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
+    plan = loader_plan(recipe, ranks)
+    check_split(plan, split)
+    _check_classes(model, plan, split)
+    results: dict[str, Any] = evaluate_network(network_of(model, str(path)), recipe, plan, split)
+    results["untrained"] = evaluate_network(build_network(recipe), recipe, plan, split)
+    if ranks.first:
+        write_json(path.with_name("evaluation.json"), results)
+    launch.stop()
+    return results
+
+
+def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan, split: str) -> Results:
+    """Metrics of every task of the plan. Every rank calls it with its own plan and gets the same results."""
+    network = network.to(launch.device()).eval()
+    results: Results = {}
+    for task, spec in recipe.active.items():
+        metric = METRICS[spec.kind](spec.num_classes)
+        for sub, predictions in predict_split(network, plan, task, split):
+            metric.update(predictions, sub)
+        metric.merge(gather_json(metric.state()))
+        values = metric.compute()
+        results[task] = {key: _or_none(values[key]) for key in KINDS[spec.kind].metrics}
+    return results
+
+
+@torch.inference_mode()
+def predict_split(
+    network: MultiTaskNetwork, plan: LoaderPlan, task: str, split: str, first: int | None = None
+) -> Iterator[tuple[SubBatch, list[dict[str, Any]]]]:
+    """Batches of a split with the network's predictions; of the first `first` images only, if given."""
+    batches = eval_batches(plan, task, split, BATCH_IMAGES)
+    total = len(batches) if first is None else min(len(batches), -(-first // BATCH_IMAGES))
+    quiet = plan.rank != 0 or not Console().is_terminal
+    shown = track(batches, description=f"{task} {split}", total=total, disable=quiet, transient=True)
+    for i, sub in enumerate(shown):
+        if i == total:
+            return
+        yield sub, predict_batch(network, task, sub)
+
+
+def predict_batch(network: MultiTaskNetwork, task: str, sub: SubBatch) -> list[dict[str, Any]]:
+    """One prediction per image of a sub-batch, as the task's head gives them."""
+    weight = network.backbone.pos_embed
+    images_BCHW = sub.images_BCHW.to(weight.device, weight.dtype)
+    return network.head(task).predict(network({task: images_BCHW}).outputs[task], sub.meta)
+
+
+def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str, float | None, float | None]]:
+    """(task, metric, trained, untrained) of every metric, in the recipe's order."""
+    untrained = results.get("untrained", {})
+    return [
+        (task, metric, results[task][metric], untrained.get(task, {}).get(metric))
+        for task, spec in recipe.active.items()
+        for metric in KINDS[spec.kind].metrics
+    ]
+
+
+def _check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
+    """Equal numbers of classes under other names would give wrong metrics in silence."""
+    for task, names in model.classes.items():
+        folder = plan.folder(task, split)
+        found = list(plan.open_store(folder).classes)
+        if found != names:
+            first = next(i for i in range(len(names)) if found[i] != names[i])
+            raise UserError(
+                f"tasks.{task}: class {first} is {names[first]!r} in the model and {found[first]!r} in {folder}; "
+                "evaluate on shards made from the same classes"
+            )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

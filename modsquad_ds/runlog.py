@@ -1,0 +1,147 @@
+"""What a run tells while it trains: a progress bar or lines, RUN/metrics.jsonl, wandb. Rank 0 only; fed by train.py."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import Self
+
+from modsquad_ds.config import LogSpec
+from modsquad_ds.errors import UserError
+from modsquad_ds.files import write_atomic
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+WANDB_SECONDS = 20
+"""How long wandb may look for its server before the run goes on without it."""
+
+LINE_SECONDS = 15.0
+"""Without a terminal, a line this often stands in for the progress bar."""
+
+
+class RunLog:
+    """Use as a context manager; `record` takes one flat JSON-able mapping with a `step`."""
+
+    def __init__(self, run: Path, name: str, spec: LogSpec, start: int, steps: int) -> None:
+        self.path = run / "metrics.jsonl"
+        self.steps = steps
+        forget_after(self.path, start)
+        self.file = self.path.open("a")
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.row = self.bar.add_task("train", total=steps, completed=start, text="")
+        self.began, self.start, self.said = time.monotonic(), start, 0.0
+        self.wandb = _start_wandb(run, name, spec)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a record; NaN becomes null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in clean.items() if v is not None}, step=clean["step"])
+        self._show(clean)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.bar.update(self.row, completed=step)
+
+    def _show(self, values: dict[str, Any]) -> None:
+        known = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/") and v is not None}
+        losses = " ".join(f"{task} {v:.3f}" for task, v in known.items())
+        text = f"{losses} | {values['images_per_s']:.0f} img/s {values['tokens_per_s'] / 1000:.1f}k tok/s"
+        self.bar.update(self.row, text=text)
+        now = time.monotonic()
+        done = values["step"]
+        if not self.console.is_terminal and (now - self.said > LINE_SECONDS or done == self.steps):
+            self.said = now
+            left = (now - self.began) / max(1, done - self.start) * (self.steps - done)
+            self.console.print(f"step {done}/{self.steps}  {text}  {_clock(left)} left", soft_wrap=True)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop records of steps after `step`, and a half-written last line, so that a resumed run's curve has no doubles."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that was being written when the run was killed; nothing follows it
+        if record["step"] <= step:
+            kept.append(line)
+    write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl. Raises UserError if it is missing, damaged or empty."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a run that `train` wrote")
+    # What follows the last line end is a record that is being written at this moment.
+    lines = path.read_text().split("\n")[:-1]
+    try:
+        records = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: holds a line that is no JSON ({error.msg}); restore the file") from None
+    if not records:
+        raise UserError(f"{path}: holds no records yet; train for at least log_every steps")
+    return records
+
+
+def wandb_mode(spec: LogSpec) -> Literal["online", "offline", "disabled"]:
+    """wandb's mode: the recipe's; with `auto` the environment's WANDB_MODE, else online where there is a key."""
+    if spec.wandb != "auto":
+        return spec.wandb
+    modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
+    for mode in modes:
+        if os.environ.get("WANDB_MODE") == mode:
+            return mode
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def _start_wandb(run: Path, name: str, spec: LogSpec) -> Any:
+    """A wandb run, or None. Offline unless a key is there, because without one wandb asks or waits for the network."""
+    mode = wandb_mode(spec)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS)
+    try:
+        return wandb.init(project=spec.wandb_project, name=name, dir=run, mode=mode, settings=settings)
+    except wandb.errors.CommError as error:
+        print(f"wandb: no connection ({error}); logging offline, `wandb sync {run}/wandb/offline-*` uploads it later", flush=True)
+        return wandb.init(project=spec.wandb_project, name=name, dir=run, mode="offline", settings=settings)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,249 @@
+"""Training: a recipe in, a run folder out. Builds data, network and engine, then loops; called by cli.py on every rank.
+
+    RUN/recipe.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/model.safetensors
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modsquad_ds import checkpoint
+from modsquad_ds.checkpoint import Progress
+from modsquad_ds.config import Recipe, recipe_to_tree
+from modsquad_ds.data.loader import LoaderPlan, check_data, train_loader
+from modsquad_ds.data.order import derive_seed
+from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.data.types import Batch, SubBatch
+from modsquad_ds.errors import UserError
+from modsquad_ds.files import write_json
+from modsquad_ds.model.heads import check_norm
+from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_network
+from modsquad_ds.model_file import ModelFile, write_model
+from modsquad_ds.objective import Objective, Report, Usage, flatten, no_usage, unflatten, updated_usage
+from modsquad_ds.parallel import launch
+from modsquad_ds.parallel.collectives import sum_over_ranks
+from modsquad_ds.parallel.engine import build_engine
+from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.optimizer import learning_rate_factor, set_learning_rate
+from modsquad_ds.parallel.state import TrainingState, gather_network
+from modsquad_ds.plan import loader_plan
+from modsquad_ds.runlog import RunLog
+
+
+class Work(NamedTuple):
+    """What one rank did in a step."""
+
+    images: int
+    tokens: int
+    waited: float
+    """Seconds without data."""
+
+
+@dataclass
+class Trainer:
+    """Everything that one rank trains with."""
+
+    recipe: Recipe
+    ranks: Ranks
+    engine: Any
+    """DeepSpeed's engine around the network."""
+    objective: Objective
+    average: dict[str, Tensor]
+    """Moving average of the weights by parameter name; empty without `train.ema`."""
+    usage: tuple[Usage, ...] = ()
+
+    @property
+    def network(self) -> MultiTaskNetwork:
+        """The network inside the engine."""
+        return self.engine.module
+
+    @property
+    def state(self) -> TrainingState:
+        """This rank's weights and optimizer state."""
+        return TrainingState(self.engine, self.average)
+
+
+def train(recipe: Recipe) -> None:
+    """Run a recipe to its end, from its newest checkpoint if there is one. Every rank calls it."""
+    ranks = launch.start(recipe.parallel.timeout_minutes)
+    plan = loader_plan(recipe, ranks)
+    check_data(plan)
+    trainer = build_trainer(recipe, ranks)
+    start = resume(trainer)
+    steps = recipe.train.steps
+    if ranks.first:
+        write_json(recipe.run / "recipe.json", recipe_to_tree(recipe))
+    batches = iter(train_loader(plan, start, steps, recipe.train.workers))
+    with RunLog(recipe.run, recipe.name, recipe.log, start, steps) if ranks.first else nullcontext() as log:
+        clock = time.monotonic()
+        for step in range(start, steps):
+            micro_batches = islice(batches, recipe.train.accumulation)
+            report, work = train_step(trainer, micro_batches, step)
+            done = step + 1
+            now = time.monotonic()
+            record = record_of(trainer, report, work, done, now - clock)
+            clock = now
+            stop_if_not_finite(trainer, record)
+            if log is not None:
+                log.advance(done)
+                if due(done, recipe.train.log_every, steps):
+                    log.record(record)
+            if due(done, recipe.train.checkpoint_every, steps):
+                save(trainer, done)
+                clock = time.monotonic()
+    save_model(trainer, plan)
+    launch.stop()
+
+
+def build_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:
+    """Network, engine and objective at step 0."""
+    for spec in recipe.active.values():
+        check_norm(spec, launch.device().type, ranks.world)
+    engine = build_engine(build_network(recipe), recipe, ranks)
+    average = {}
+    if recipe.train.ema:
+        average = {n: p.detach().float().clone() for n, p in engine.module.named_parameters() if p.requires_grad}
+    return Trainer(recipe, ranks, engine, Objective(recipe, ranks.world), average)
+
+
+def resume(trainer: Trainer) -> int:
+    """Load the newest complete checkpoint if the recipe wants it; returns the number of steps done."""
+    recipe = trainer.recipe
+    found = checkpoint.complete_checkpoints(recipe.run)
+    if recipe.resume == "must" and not found:
+        raise UserError(f"resume=must: no complete checkpoint under {recipe.run / 'checkpoints'}; use resume=auto to start anew")
+    if recipe.resume == "never" and found:
+        raise UserError(f"resume=never: {found[-1]} exists; give another run folder (run=...) or remove it")
+    if not found:
+        return 0
+    progress = checkpoint.load(found[-1], trainer.state)
+    trainer.usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in progress.usage)
+    if trainer.ranks.first:
+        print(f"going on from {found[-1]}, step {progress.step}", flush=True)
+    return progress.step
+
+
+def train_step(trainer: Trainer, micro_batches: Iterator[Batch], step: int) -> tuple[Report, Work]:
+    """One optimizer step: the mean values of its micro-batches, and what this rank did."""
+    spec = trainer.recipe.train
+    rate = spec.optimizer.lr * learning_rate_factor(spec.schedule, step, spec.steps)
+    set_learning_rate(trainer.engine.optimizer, rate)
+    work, reports = Work(0, 0, 0.0), []
+    for micro in range(spec.accumulation):
+        began = time.monotonic()
+        batch = next(micro_batches)
+        work = _more(work, batch, trainer.recipe.model.shape.patch, time.monotonic() - began)
+        torch.manual_seed(derive_seed("step", trainer.recipe.seed, step, micro, trainer.ranks.rank))
+        reports.append(forward_backward(trainer, batch))
+        trainer.engine.step()
+    for name, average in trainer.average.items():
+        average.lerp_(trainer.network.get_parameter(name).detach().float(), 1 - spec.ema)
+    return Report(*(torch.stack(values).mean(0) for values in zip(*reports, strict=True))), work
+
+
+def forward_backward(trainer: Trainer, batch: Batch) -> Report:
+    """Forward pass, one reduction of all sums over ranks, backward pass."""
+    network, device = trainer.network, launch.device()
+    batch = {task: to_device(sub, device) for task, sub in batch.items()}
+    dtype = network.backbone.pos_embed.dtype
+    output: NetworkOutput = trainer.engine({task: sub.images_BCHW.to(dtype) for task, sub in batch.items()})
+    terms = {task: network.head(task).losses(output.outputs[task], sub.targets) for task, sub in batch.items()}
+    sums = sum_over_ranks(flatten(terms, output.stats))
+    total = unflatten(sums, terms, output.stats)
+    trainer.usage = trainer.usage or no_usage(output.stats)
+    loss, report = trainer.objective((terms, output.stats), total, trainer.usage, network.task_scale)
+    trainer.engine.backward(loss)
+    trainer.usage = updated_usage(trainer.usage, total[1], trainer.recipe.loss.memory)
+    return report
+
+
+def to_device(sub: SubBatch, device: torch.device) -> SubBatch:
+    """Images and targets on the device; asynchronous where the loader pinned them."""
+    return sub._replace(images_BCHW=_moved(sub.images_BCHW, device), targets=_moved(sub.targets, device))
+
+
+def record_of(trainer: Trainer, report: Report, work: Work, step: int, seconds: float) -> dict[str, Any]:
+    """One flat record of a step, the line of metrics.jsonl. The step's one deliberate wait for the device.
+
+    Rates are over all ranks: every rank's batch has the same sizes.
+    """
+    tasks = trainer.network.task_names
+    parts = [x.reshape(-1) for x in report]
+    numbers = iter(torch.cat([x.to(report.total.device) for x in parts]).tolist())
+    total, per_task, present, information, balance = (list(islice(numbers, x.numel())) for x in parts)
+    record = {"step": step, "loss": total[0]}
+    record |= {f"loss/{t}": v for t, v, here in zip(tasks, per_task, present, strict=True) if here}
+    record |= {f"information/{i}": v for i, v in enumerate(information)}
+    record |= {f"balance/{i}": v for i, v in enumerate(balance)}
+    return record | {
+        "lr": max(group["lr"] for group in trainer.engine.optimizer.param_groups),  # the heads', before layer decay
+        "grad_norm": _grad_norm(trainer.engine),
+        "seconds": seconds,
+        "data_seconds": work.waited,
+        "images_per_s": trainer.ranks.world * work.images / seconds,
+        "tokens_per_s": trainer.ranks.world * work.tokens / seconds,
+    }
+
+
+def stop_if_not_finite(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Raise UserError on a NaN or infinite loss or gradient, naming step, task and last good checkpoint.
+
+    All ranks see the same values. DeepSpeed would go on with such gradients and skip every update, with no more than a warning.
+    """
+    if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"] or 0.0):
+        return
+    tasks = [t for t in trainer.network.task_names if not math.isfinite(record.get(f"loss/{t}", 0.0))]
+    good = checkpoint.complete_checkpoints(trainer.recipe.run)
+    culprit = f"task {', '.join(tasks)}" if tasks else "no task's own loss"
+    raise UserError(
+        f"step {record['step']}: the loss is {record['loss']} and the gradient norm {record['grad_norm']} ({culprit}); "
+        f"last good checkpoint: {good[-1] if good else 'none'}; lower train.optimizer.lr or set train.optimizer.clip and resume"
+    )
+
+
+def save(trainer: Trainer, step: int) -> None:
+    """Write a training checkpoint."""
+    recipe = trainer.recipe
+    progress = Progress(step, trainer.usage)
+    checkpoint.save(recipe.run, trainer.state, progress, recipe_to_tree(recipe), trainer.ranks, recipe.train.keep_checkpoints)
+
+
+def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
+    """Write RUN/model.safetensors on rank 0, with averaged weights if the recipe keeps them."""
+    state = gather_network(trainer.network, trainer.average)
+    if trainer.ranks.first:
+        classes = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+        write_model(trainer.recipe.run / "model.safetensors", ModelFile(trainer.recipe, state, classes, trainer.usage))
+
+
+def due(done: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last, happens now."""
+    return done == last or (every > 0 and done % every == 0)
+
+
+def _more(work: Work, batch: Batch, patch: int, waited: float) -> Work:
+    """The work with one more micro-batch."""
+    shapes = [sub.images_BCHW.shape for sub in batch.values()]
+    tokens = sum(n * (height // patch) * (width // patch) for n, _, height, width in shapes)
+    return Work(work.images + sum(shape[0] for shape in shapes), work.tokens + tokens, work.waited + waited)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return [_moved(v, device) for v in value] if isinstance(value, list) else value
+
+
+def _grad_norm(engine: Any) -> float | None:
+    """Global gradient norm before clipping, where DeepSpeed computed one."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

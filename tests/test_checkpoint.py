@@ -1,0 +1,140 @@
+"""Training checkpoints: bit for bit at the same topology, close at another, complete or not there, and plain about damage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from modsquad_ds import checkpoint
+from modsquad_ds.config import Recipe, recipe_to_tree
+from modsquad_ds.errors import UserError
+from modsquad_ds.parallel import launch
+from modsquad_ds.train import build_trainer, resume, save
+from ranks import run_ranks
+from small import small_recipe
+from test_topology import config_file, one_step
+
+SPLIT, STEPS = 3, 6
+
+
+def recipe_of(run: str, ep: int, config: str, **changes: object) -> Recipe:
+    return small_recipe(**{
+        "run": run, "parallel.ep_size": ep, "parallel.attention_ep_size": ep, "deepspeed_config": config,
+        "train.optimizer.clip": 1.0, "train.steps": STEPS, **changes,
+    })  # fmt: skip
+
+
+def through(rank: int, world: int, recipe: Recipe) -> list[list[float]]:
+    """All steps in one life, saving in the middle."""
+    trainer = build_trainer(recipe, launch.start())
+    values = []
+    for step in range(STEPS):
+        values.append(one_step(trainer, step))
+        if step + 1 == SPLIT:
+            save(trainer, SPLIT)
+    return values
+
+
+def resumed(rank: int, world: int, recipes: list[Recipe]) -> list[list[list[float]]]:
+    """The steps after the checkpoint, each recipe from its own fresh start."""
+    ranks = launch.start()
+    curves = []
+    for recipe in recipes:
+        trainer = build_trainer(recipe, ranks)
+        start = resume(trainer)
+        curves.append([one_step(trainer, step) for step in range(start, STEPS)])
+    return curves
+
+
+@pytest.mark.dist
+def test_resume_at_the_same_and_at_other_topologies(tmp_path: Path) -> None:
+    configs = {stage: config_file(tmp_path, stage) for stage in (1, 2)}
+    run = str(tmp_path / "run")
+    extra = {"train.ema": 0.5, "model.drop_path": 0.2, "model.router.noise": 1.0}
+    first = recipe_of(run, 2, configs[2], **extra)
+    whole = run_ranks(2, through, first)[0]
+    same = run_ranks(2, resumed, [first])[0][0]
+    assert same == whole[SPLIT:], "bit for bit"
+
+    # Without randomness per rank, any topology goes on with the same curve.
+    calm = recipe_of(str(tmp_path / "calm"), 2, configs[2], **{"train.ema": 0.5})
+    whole = run_ranks(2, through, calm)[0]
+    other = [recipe_of(str(tmp_path / "calm"), 1, configs[1], **{"train.ema": 0.5, "parallel.attention_ep_size": 2})]
+    alone = recipe_of(str(tmp_path / "calm"), 1, configs[1], **{"train.ema": 0.5})
+    for curve in (run_ranks(2, resumed, other)[0][0], run_ranks(1, resumed, [alone])[0][0]):
+        for a, b in zip(curve, whole[SPLIT:], strict=True):
+            assert a == pytest.approx(b, rel=2e-5, abs=2e-5)
+
+
+def one_process(rank: int, world: int, folder: str) -> list[str]:
+    """What needs an engine but no second rank, told as findings."""
+    root = Path(folder)
+    run = root / "run"
+    config = config_file(root, 2)
+    ranks = launch.start()
+    recipe = recipe_of(str(run), 1, config)
+    trainer = build_trainer(recipe, ranks)
+    assert resume(trainer) == 0
+    with pytest.raises(UserError, match="resume=must: no complete checkpoint"):
+        resume(build_trainer(recipe_of(str(run), 1, config, resume="must"), ranks))
+    for step in range(3):
+        one_step(trainer, step)
+        save(trainer, step + 1)
+    kept = [p.name for p in checkpoint.complete_checkpoints(run)]
+    newest = checkpoint.folder_of(run, 3)
+    with pytest.raises(UserError, match=r"resume=never: .*step-00000003 exists"):
+        resume(build_trainer(recipe_of(str(run), 1, config, resume="never"), ranks))
+
+    (run / "checkpoints" / ".partial-step-00000009").mkdir()
+    (run / "checkpoints" / "step-00000008").mkdir()
+    assert checkpoint.complete_checkpoints(run)[-1] == newest, "what has no index is not a checkpoint"
+
+    wider = recipe_of(str(run), 1, config, **{"model.mlp": {"num_experts": 4, "top_k": 2, "hidden": 16}})
+    with pytest.raises(UserError, match=r"fc1_bias has shape \(4, 24\) there and \(4, 16\) in this recipe"):
+        resume(build_trainer(wider, ranks))
+    for damage, message in DAMAGE.items():
+        copy = root / damage
+        shutil.copytree(run, copy)
+        damaged(copy, damage)
+        with pytest.raises(UserError, match=message):
+            resume(build_trainer(recipe.model_copy(update={"run": copy}), ranks))
+    return kept
+
+
+DAMAGE = {
+    "truncated": "rank-00000.safetensors: cannot be read",
+    "json": "state.json: cannot be read",
+    "format": "format 99, this version reads 1",
+    "pieces": "elements; use an older checkpoint",
+}
+
+
+def damaged(run: Path, how: str) -> None:
+    folder = checkpoint.folder_of(run, 3)
+    state = folder / "state.json"
+    if how == "truncated":
+        data = (folder / "rank-00000.safetensors").read_bytes()
+        (folder / "rank-00000.safetensors").write_bytes(data[: len(data) // 2])
+    elif how == "json":
+        state.write_text("{")
+    else:
+        content = json.loads(state.read_text())
+        if how == "format":
+            content["format"] = 99
+        else:
+            content["files"][0]["pieces"] = content["files"][0]["pieces"][:-1]
+        state.write_text(json.dumps(content))
+
+
+def test_keeping_refusing_and_damage(tmp_path: Path) -> None:
+    (kept,) = run_ranks(1, one_process, str(tmp_path))
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_saved_recipe_and_steps(tmp_path: Path) -> None:
+    recipe = recipe_of(str(tmp_path / "run"), 1, config_file(tmp_path, 2))
+    run_ranks(1, through, recipe)
+    state = checkpoint.read_state(checkpoint.folder_of(tmp_path / "run", SPLIT))
+    assert state["step"] == state["optimizer_step"] == SPLIT
+    assert state["recipe"] == recipe_to_tree(recipe)

@@ -1,0 +1,156 @@
+"""What a run tells: one JSON object per line that a resume continues, lines without a terminal, wandb offline without a key."""
+
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from modsquad_ds.config import LogSpec
+from modsquad_ds.runlog import RunLog, _clock, forget_after
+
+QUIET = LogSpec(wandb="disabled")
+
+
+def record_of(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1.5, "loss/digits": 0.5, "images_per_s": 80.0, "tokens_per_s": 2500.0, **more}
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def lines(path: Path) -> list[Any]:
+    """The records of a file, by a reader that knows no NaN."""
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def test_records_are_json_lines_and_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path, "r", QUIET, 0, 3) as log:
+        for step in (1, 2, 3):
+            log.record(record_of(step, extra=None))
+            log.advance(step)
+            assert lines(path) == [record_of(s, extra=None) for s in range(1, step + 1)], "a killed run loses nothing"
+    assert path.read_text().endswith("\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
+    with RunLog(tmp_path, "r", QUIET, 0, 1) as log:
+        log.record(record_of(1, **{"loss/scenes": math.nan, "grad_norm": math.inf, "low": -math.inf, "count": 3}))
+    (found,) = lines(tmp_path / "metrics.jsonl")
+    assert found == record_of(1, **{"loss/scenes": None, "grad_norm": None, "low": None, "count": 3})
+
+
+def test_resumed_run_goes_on_without_doubles(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path, "r", QUIET, 0, 9) as log:
+        for step in range(1, 6):
+            log.record(record_of(step, life=1))
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    with RunLog(tmp_path, "r", QUIET, 3, 9) as log:
+        for step in (4, 5, 6):
+            log.record(record_of(step, life=2))
+    assert [(r["step"], r["life"]) for r in lines(path)] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+
+
+@pytest.mark.parametrize(
+    ("step", "left"), [(0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (99, [1, 2, 3])],
+)  # fmt: skip
+@pytest.mark.parametrize("tail", ["", '{"step": 4', '{"step": 4, "loss": 0.25, "x": "', "\n"])
+def test_forget_after(step: int, left: list[int], tail: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s / 4}) + "\n" for s in (1, 2, 3)) + tail)
+    forget_after(path, step)
+    assert lines(path) == [{"step": s, "loss": s / 4} for s in left]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "rewritten under another name, then renamed"
+
+
+def test_forget_after_without_a_file(tmp_path: Path) -> None:
+    forget_after(tmp_path / "metrics.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+def test_without_a_terminal_the_last_step_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, "r", QUIET, 0, 2) as log:
+        for step in (1, 2):
+            log.record(record_of(step, **{"loss/scenes": math.nan, "loss/textures": 12.3456}))
+            log.advance(step)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "step 2/2  digits 0.500 textures 12.346 | 80 img/s 2.5k tok/s  0:00 left"
+
+
+def test_clock() -> None:
+    assert [_clock(s) for s in (0, 59.4, 59.6, 3599, 3661.2)] == ["0:00", "0:59", "1:00", "59:59", "1:01:01"]
+
+
+# ---------------------------------------------------------------- wandb
+
+
+@pytest.mark.parametrize(
+    ("spec", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": ""}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, None),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("online", {}, "online"),
+        ("disabled", {"WANDB_API_KEY": "k", "WANDB_MODE": "online"}, None),
+    ],
+)
+def test_wandb_mode(
+    spec: str, environment: dict[str, str], mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with RunLog(tmp_path, "mine", LogSpec(wandb=spec, wandb_project="squad"), 0, 1):
+        pass
+    assert [(s["mode"], s["name"], s["project"], s["dir"]) for s in started] == (
+        [(mode, "mine", "squad", tmp_path)] if mode else []
+    )
+
+
+def test_wandb_without_a_key_writes_files_and_asks_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, home = tmp_path / "run", tmp_path / "home"
+    run.mkdir()
+    home.mkdir()
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.setblocking(False)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        # Whatever wandb might want to reach, it would knock here; a key of the user's own must not be found either.
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            monkeypatch.setenv(name, str(home))
+        with RunLog(run, "mine", LogSpec(), 0, 2) as log:
+            for step in (1, 2):
+                log.record(record_of(step, broken=math.nan))
+        wandb.teardown()  # ends its process, as the end of a training process does: now all is on disk
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    (offline,) = (path for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-") and not path.is_symlink())
+    (data,) = offline.glob("*.wandb")
+    content = data.read_bytes()
+    assert b"loss/digits" in content and b"images_per_s" in content and b"NaN" not in content
+    assert len(lines(run / "metrics.jsonl")) == 2
