@@ -61,6 +61,15 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
     return Ranks()
 
 
+def device_index(local_rank: int, visible: int) -> int:
+    """GPU of a rank among the `visible` ones. A scheduler that binds GPUs to tasks shows each process just its own, number 0."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} but {visible} visible GPUs on {socket.gethostname()}: start one rank per GPU")
+    return local_rank
+
+
 def start(timeout_minutes: float = 10.0) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and pick this rank's device. Call once, before any collective."""
     ranks = ranks_from(os.environ)
@@ -70,7 +79,7 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(device_index(ranks.local_rank, torch.cuda.device_count()))
     _init(timedelta(minutes=timeout_minutes))
     return ranks
 
