@@ -11,6 +11,7 @@ import typer
 
 from modsquad_ds import __version__
 from modsquad_ds.errors import UserError
+from modsquad_ds.parallel.ranks import Ranks, ranks_from
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +60,7 @@ def evaluate(
     run_or_model: Annotated[Path, typer.Argument(help="A run folder or a model file.")],
     data: Annotated[Path | None, typer.Option(help="Folder with the tasks' shards, in place of the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
-    pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders only).")] = True,
+    pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders and split val only).")] = True,
 ) -> None:
     """Held-out metrics, beside those of the untrained network; writes evaluation.json. Runs on any number of ranks."""
     from modsquad_ds.evaluate import evaluate as measure
@@ -73,7 +74,7 @@ def evaluate(
         return
     model = read_model(model_path(run_or_model))
     print_results(results, model.recipe, information_of(model))
-    if pictures and run_or_model.is_dir():
+    if pictures and split == "val" and run_or_model.is_dir():
         for path in write_pictures(run_or_model, data):
             print(path)
 
@@ -157,28 +158,30 @@ def main() -> None:
     A rank that fails leaves at once, without waiting for others: the launcher then ends the job. Other ranks than the first
     wait a moment before they speak, so that a mistake that all of them meet is told once.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         app()
     except UserError as error:
-        _say(f"error: {error}", alone)
-        _leave(2, alone)
+        _leave(2, f"error: {error}", _ranks())
     except Exception:
-        if alone:
+        ranks = _ranks()
+        if ranks.world == 1:
             raise
-        _say(traceback.format_exc(), alone)
-        _leave(1, alone)
+        _leave(1, traceback.format_exc(), ranks)
 
 
-def _say(text: str, alone: bool) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+def _ranks() -> Ranks:
+    try:
+        return ranks_from(os.environ)
+    except UserError:  # the launcher's statement makes no sense, which is what ended the program
+        return Ranks()
+
+
+def _leave(code: int, message: str, ranks: Ranks) -> None:
+    if not ranks.first:
         time.sleep(2.0)
-    print(text if alone or not rank else f"rank {rank}: {text}", file=sys.stderr, flush=True)
-
-
-def _leave(code: int, alone: bool) -> None:
-    if alone:
+        message = f"rank {ranks.rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
+    if ranks.world == 1:
         sys.exit(code)
     sys.stdout.flush()
     os._exit(code)

@@ -2,7 +2,7 @@
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.loader import LoaderPlan
-from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.ranks import Ranks
 
 
 def loader_plan(recipe: Recipe, ranks: Ranks) -> LoaderPlan:

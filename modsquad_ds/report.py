@@ -29,7 +29,8 @@ from modsquad_ds.files import write_atomic
 from modsquad_ds.model.heads.base import Prediction
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.model_file import network_of, read_model
-from modsquad_ds.parallel.launch import Ranks, device
+from modsquad_ds.parallel.launch import device
+from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.runlog import Record, read_records
 from modsquad_ds.tables import information_of

@@ -39,7 +39,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     group is left to `function`, leaving it is done here. The first rank that fails ends all: RankError carries its
     traceback. So does a rank that dies, and after `timeout` seconds every rank is killed, its stack written to stderr.
     """
-    spawn, port, deadline = get_context("spawn"), _free_port(), time.monotonic() + timeout
+    spawn, port, deadline = get_context("spawn"), free_port(), time.monotonic() + timeout
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     try:
@@ -75,7 +75,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nothing listens on, below the range from which the kernel hands out ports to other programs."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)

@@ -15,7 +15,8 @@ from modsquad_ds.model.router import Routing, RoutingStats
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier, broadcast_json, gather_json, sum_over_ranks, world_size
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
-from modsquad_ds.parallel.launch import Ranks, device_index, ranks_from
+from modsquad_ds.parallel.launch import device_index
+from modsquad_ds.parallel.ranks import Ranks, ranks_from
 from ranks import run_ranks
 
 # ---------------------------------------------------------------- who am I
@@ -263,7 +264,9 @@ def test_ranks_cannot_meet_at_port_0() -> None:
 
 
 def test_a_rank_finds_its_gpu_among_those_it_sees() -> None:
-    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert device_index(3, 1) == 0, "srun with one GPU bound to each task"
+    assert [device_index(rank, 4, bound) for rank in range(4) for bound in (False, True)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert device_index(3, 1, bound=True) == 0, "srun with one GPU bound to each task"
     with pytest.raises(UserError, match="local rank 2 but 2 visible GPUs on"):
-        device_index(2, 2)
+        device_index(2, 2, bound=True)
+    with pytest.raises(UserError, match="local rank 1 but 1 visible"):
+        device_index(1, 1, bound=False)

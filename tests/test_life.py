@@ -1,19 +1,28 @@
 """Whole lives on the quickstart's own data, through the deepspeed launcher: killed and resumed, evaluated, predicted."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modsquad_ds.config import load_recipe
+from modsquad_ds.data.loader import StepDataset
 from modsquad_ds.data.quickstart import build
+from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.plan import loader_plan
+from ranks import free_port
 
 STEPS = 8
+SMALL = ["tasks.digits.batch_size=8", "tasks.scenes.batch_size=4", "tasks.textures.batch_size=4"]
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +32,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "shards"
 
 
-def command(run: Path, data: Path, *changes: str) -> list[str]:
+def command(run: Path, data: Path) -> list[str]:
     port = subprocess.run(
         [sys.executable, "-m", "modsquad_ds", "free-port"], env=environment(), capture_output=True, text=True, check=True
     ).stdout.strip()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, "--module"]
-    small = ["tasks.digits.batch_size=8", "tasks.scenes.batch_size=4", "tasks.textures.batch_size=4"]
+    return [*launcher, "modsquad_ds", *arguments(run, data)]
+
+
+def arguments(run: Path, data: Path) -> list[str]:
     settings = [f"run={run}", f"data_root={data}", f"train.steps={STEPS}", "train.log_every=1", "train.checkpoint_every=2"]
-    return [*launcher, "modsquad_ds", "train", "quickstart", *settings, *small, "train.workers=1", *changes]
+    return ["train", "quickstart", *settings, *SMALL, "train.workers=1"]
 
 
 def environment() -> dict[str, str]:
@@ -89,11 +101,63 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(data: Path, through: Path
     assert results[0]["textures"]["aAcc"] > 0
 
 
+def spoil_a_sample_of_rank_1(data: Path, step: int) -> str:
+    """Overwrite the beginning of an image that rank 1 of 2 alone meets, at that step; sizes stay. Returns the sample's key."""
+    recipe = load_recipe("quickstart", [f"data_root={data}", *SMALL])
+    met = [[StepDataset(loader_plan(recipe, Ranks(rank, 2)))[s]["scenes"].keys for s in range(STEPS)] for rank in (0, 1)]
+    key = met[1][step][0]
+    assert key not in itertools.chain(*met[0], *met[1][:step])
+    for tar in (data / "scenes" / "train").glob("*.tar"):
+        with tarfile.open(tar) as members:
+            found = [m for m in members if m.name.startswith(f"{key}.") and not m.name.endswith(".json")]
+        if found:
+            with tar.open("r+b") as file:
+                file.seek(found[0].offset_data)
+                file.write(bytes(16))
+    return key
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_one_rank_that_fails_ends_the_job(launcher: str, data: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for rank 1 in a collective. Under srun each process is on its own, so rank 1 has to end by itself."""
+    copy, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(data, copy)
+    key = spoil_a_sample_of_rank_1(copy, step=3)
+    if launcher == "deepspeed":
+        found = subprocess.run(command(run, copy), env=environment(), capture_output=True, text=True, timeout=200, check=False)
+        code, text = found.returncode, found.stdout + found.stderr
+    else:
+        code, text = as_srun_would(arguments(run, copy))
+    assert code != 0
+    (line,) = (line for line in text.splitlines() if "error: " in line)
+    assert line.startswith("rank 1: error: ") and key in line
+    assert [step for step, _ in curve(run)] == [1, 2, 3] and not (run / "model.safetensors").exists()
+
+
+def as_srun_would(arguments: list[str]) -> tuple[int, str]:
+    """Two processes that know each other by Slurm's variables; exit code and errors of rank 1, which must end by itself."""
+    port = str(free_port())
+    jobs = []
+    for rank in ("0", "1"):
+        slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": rank}
+        settings = {**environment(), **slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        program = [sys.executable, "-m", "modsquad_ds", *arguments]
+        output = subprocess.PIPE if rank == "1" else subprocess.DEVNULL
+        jobs.append(subprocess.Popen(program, env=settings, stdout=subprocess.DEVNULL, stderr=output, text=True))
+    try:
+        _, text = jobs[1].communicate(timeout=200)
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    return jobs[1].returncode, text
+
+
 @pytest.mark.dist
 @pytest.mark.timeout(400)
 def test_a_rank_that_meets_a_damaged_shard_ends_the_job_with_its_name(data: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "shards"
     shutil.copytree(data, copy)
     tar = sorted((copy / "scenes" / "train").glob("*.tar"))[1]

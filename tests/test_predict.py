@@ -18,7 +18,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import predict_split
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model_file import ModelFile, network_of, read_model, write_model
-from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.predict import predict
 from small import small_recipe

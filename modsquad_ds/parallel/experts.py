@@ -15,7 +15,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.model.sparse import SparseLayer, SparseMLP
 from modsquad_ds.model.vit import SparseViT
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
-from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.ranks import Ranks
 
 
 class ExpertParallelGroup(MoE):
