@@ -4,6 +4,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
 WANDB_SECONDS = 20
-"""How long wandb may look for its server before the run goes on without it."""
+"""How long wandb may look for its server, and at the end send what is left, before the run goes on without it."""
 
 LINE_SECONDS = 15.0
 """Without a terminal, a line this often stands in for the progress bar."""
@@ -53,11 +55,12 @@ class RunLog:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        # A rank that fails has to leave at once: other ranks wait for it. What was logged is with wandb's own process.
+        if self.wandb is not None and failure is None:
+            self._to_wandb(self.wandb.finish)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a record; NaN becomes null."""
@@ -65,8 +68,16 @@ class RunLog:
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in clean.items() if v is not None}, step=clean["step"])
+            self._to_wandb(self.wandb.log, {k: v for k, v in clean.items() if v is not None}, step=clean["step"])
         self._show(clean)
+
+    def _to_wandb(self, call: Callable[..., Any], *values: Any, **settings: Any) -> None:
+        """Tell wandb something. Where it fails, training goes on without it: metrics.jsonl holds the same records."""
+        try:
+            call(*values, **settings)
+        except Exception as error:
+            print(f"wandb: failed ({error}); going on without it, {self.path} has every record", flush=True)
+            self.wandb = None
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -133,12 +144,20 @@ def _start_wandb(run: Path, name: str, spec: LogSpec) -> Any:
         return None
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS)
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS
+    )
+    begin = partial(wandb.init, project=spec.wandb_project, name=name, dir=run, settings=settings)
+    if mode == "online":
+        try:
+            return begin(mode=mode)
+        except wandb.errors.Error as error:
+            print(f"wandb: not online ({error}); `wandb sync {run}/wandb/offline-*` uploads the records later", flush=True)
     try:
-        return wandb.init(project=spec.wandb_project, name=name, dir=run, mode=mode, settings=settings)
-    except wandb.errors.CommError as error:
-        print(f"wandb: no connection ({error}); logging offline, `wandb sync {run}/wandb/offline-*` uploads it later", flush=True)
-        return wandb.init(project=spec.wandb_project, name=name, dir=run, mode="offline", settings=settings)
+        return begin(mode="offline")
+    except (wandb.errors.Error, OSError) as error:
+        print(f"wandb: failed ({error}); going on without it, {run}/metrics.jsonl has every record", flush=True)
+        return None
 
 
 def _clock(seconds: float) -> str:

@@ -127,6 +127,63 @@ def test_wandb_mode(
     )
 
 
+class Broken:
+    """A wandb run whose every call fails, or is told of."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.finished = error, 0
+
+    def log(self, *_: object, **__: object) -> None:
+        if self.error:
+            raise self.error
+
+    def finish(self) -> None:
+        self.finished += 1
+        if self.error:
+            raise self.error
+
+
+def test_a_failing_wandb_costs_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Broken(OSError("disk full"))
+    monkeypatch.setattr(wandb, "init", lambda **_: broken)
+    with RunLog(tmp_path, "mine", LogSpec(wandb="offline"), 0, 2) as log:
+        for step in (1, 2):
+            log.record(record_of(step))
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+    assert capsys.readouterr().out.count("wandb: failed (disk full); going on without it") == 1, "told once, then left alone"
+
+
+@pytest.mark.parametrize(("spec", "tried"), [("offline", ["offline"]), ("online", ["online", "offline"])])
+def test_a_wandb_that_does_not_start_costs_no_record(
+    spec: str, tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes = []
+
+    def refuse(**settings: Any) -> None:
+        modes.append(settings["mode"])
+        assert settings["settings"].finish_timeout == settings["settings"].init_timeout == 20
+        raise wandb.errors.UsageError("no")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with RunLog(tmp_path, "mine", LogSpec(wandb=spec), 0, 1) as log:
+        log.record(record_of(1))
+    assert modes == tried
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1 and "wandb: failed (no)" in capsys.readouterr().out
+
+
+def test_a_rank_that_fails_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Broken()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path, "mine", LogSpec(wandb="offline"), 0, 1):
+        raise ZeroDivisionError
+    assert run.finished == 0
+    with RunLog(tmp_path, "mine", LogSpec(wandb="offline"), 0, 1):
+        pass
+    assert run.finished == 1
+
+
 def test_wandb_without_a_key_writes_files_and_asks_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, home = tmp_path / "run", tmp_path / "home"
     run.mkdir()
