@@ -94,7 +94,7 @@ class Objective:
             scale_T: the learned scales of `weighting: uncertainty`.
         """
         task_T, present_T = self._task_losses(local[0], total[0])
-        weight_T = task_T.new_tensor([spec.loss_weight for spec in self.tasks.values()])
+        weight_T = _sent([spec.loss_weight for spec in self.tasks.values()], task_T)
         if scale_T is None:
             loss = (task_T * weight_T).sum()
         else:
@@ -114,7 +114,7 @@ class Objective:
             weights = [term.weight for term in mine.values()]
             values.append(losses.weighted_mean_terms(sums, counts, weights) if mine else any_term.new_zeros(()))
             present.append(1.0 if mine else 0.0)
-        return torch.stack(values), any_term.new_tensor(present)
+        return torch.stack(values), _sent(present, any_term)
 
     def _routing_losses(
         self, local: Sequence[RoutingStats], total: Sequence[RoutingStats], usage: Sequence[Usage]
@@ -136,6 +136,11 @@ class Objective:
             ):
                 loss = loss + weight * value if weight else loss
         return loss, _vector(information), _vector(balance)
+
+
+def _sent(numbers: list[float], like: Tensor) -> Tensor:
+    """fp32 vector on the device of `like`; `new_tensor` would wait until the device has done all that was asked of it."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _vector(scalars: list[Tensor]) -> Tensor:

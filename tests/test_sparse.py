@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from modsquad_ds.config import RouterSpec
 from modsquad_ds.model import experts as bank
 from modsquad_ds.model.dispatch import LocalDispatcher, to_expert_order, to_token_order
-from modsquad_ds.model.experts import HeadExperts, MLPExperts, expert_linear
+from modsquad_ds.model.experts import HeadExperts, MLPExperts, can_group, expert_linear
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
@@ -189,6 +189,14 @@ def test_grouped_products_equal_looped(dtype: torch.dtype) -> None:
     looped, grouped = bank._looped(x, rows, weight, bias), bank._grouped(x, rows, weight, bias)
     assert_close(grouped, looped, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
     assert torch.equal(expert_linear(x, rows, weight, bias), looped)
+
+
+def test_grouped_products_only_where_cuda_takes_them() -> None:
+    aligned = torch.zeros(8 * 24 * 16 + 1, dtype=torch.bfloat16)
+    assert can_group(aligned[:-1].view(8, 24, 16))
+    assert not can_group(aligned[1:].view(8, 24, 16)), "begins between two multiples of 16 bytes"
+    assert not can_group(torch.zeros(2, 154, 192, dtype=torch.bfloat16)), "rows of the transposed matrix are 308 bytes"
+    assert not can_group(torch.zeros(2, 24, 16)), "fp32"
 
 
 def test_expert_starts_from_its_own_number() -> None:

@@ -3,8 +3,8 @@
 Axes: E experts held by this rank, R rows sorted by expert, D width, H hidden width of an expert.
 
 Stacked parameters `[E, out, in]`. Each expert starts from a generator seeded by (seed, layer, expert), so its weights do not
-depend on how many ranks share the bank. On CUDA the products are grouped GEMMs; on CPU a loop is faster (1.1 times an equal
-dense MLP against 1.2 to 1.5 times).
+depend on how many ranks share the bank. On CUDA in bf16 the products are grouped GEMMs; on CPU a loop is faster (1.1 times an
+equal dense MLP against 1.2 to 1.5 times).
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,17 @@ class HeadExperts(ExpertBank):
 
 def expert_linear(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:
     """Rows of expert e times its own matrix (plus its bias): `[R, in]` -> `[R, out]`."""
-    return (_grouped if x_RI.is_cuda else _looped)(x_RI, rows, weight_EOI, bias_EO)
+    return (_grouped if x_RI.is_cuda and can_group(weight_EOI) else _looped)(x_RI, rows, weight_EOI, bias_EO)
+
+
+def can_group(weight_EOI: Tensor) -> bool:
+    """Whether CUDA's grouped GEMM takes this matrix: bf16, and every row begins at a multiple of 16 bytes.
+
+    In fp32 torch falls back to a loop that asks the device for the row counts, which `_looped` has on the host. ZeRO lays
+    parameters side by side in one buffer, so even matrices of even sizes may begin anywhere.
+    """
+    sizes_fit = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
+    return weight_EOI.dtype == torch.bfloat16 and sizes_fit and weight_EOI.data_ptr() % 16 == 0
 
 
 def _looped(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:

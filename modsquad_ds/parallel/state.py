@@ -112,7 +112,7 @@ class TrainingState:
         state = self._optimizer().state[owned.state_key]
         if kind not in state:
             state[kind] = torch.zeros_like(owned.state_key)
-        state["step"] = torch.tensor(float(optimizer_step))
+        state["step"] = step_count(optimizer_step, self._optimizer(), owned.state_key)
         return state[kind].view(-1)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -154,6 +154,12 @@ class TrainingState:
         """This rank's part of a flattened full tensor, in the parameter's shape."""
         offset = self._offset(name, parameter)
         return whole[offset : offset + parameter.numel()].view(parameter.shape)
+
+
+def step_count(step: int, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """The `step` of an optimizer's state, where the optimizer wants it: fused ones count on the parameter's device."""
+    on = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    return torch.tensor(float(step), device=on)
 
 
 def gather_network(network: nn.Module, average: dict[str, Tensor]) -> dict[str, Tensor]:
