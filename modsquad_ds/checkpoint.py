@@ -28,7 +28,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.files import sync, write_json
 from modsquad_ds.objective import Usage
 from modsquad_ds.parallel.collectives import barrier, gather_json
-from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
 
 FORMAT = 1
@@ -82,11 +82,11 @@ def save(run: Path, state: TrainingState, progress: Progress, recipe: dict[str, 
         }
         write_json(partial / "state.json", content)
         sync(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         os.replace(partial, final)
         sync(final.parent)
         for old in complete_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     barrier()
     return final
 
@@ -155,6 +155,15 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error}); remove its folder to go on from an older one") from None
+
+
+def _remove(folder: Path) -> None:
+    """Take away the name first: a checkpoint that is removed halfway must not pass for a complete one."""
+    gone = folder.with_name(f".partial-{folder.name}-removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -66,7 +66,7 @@ def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan
     results: Results = {}
     for task, spec in recipe.active.items():
         metric = METRICS[spec.kind](spec.num_classes)
-        for sub, predictions in predict_split(network, plan, task, split):
+        for sub, predictions in predict_split(network, plan, task, split, workers=recipe.train.workers):
             metric.update(predictions, sub)
         metric.merge(gather_json(metric.state()))
         values = metric.compute()
@@ -76,10 +76,10 @@ def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan
 
 @torch.inference_mode()
 def predict_split(
-    network: MultiTaskNetwork, plan: LoaderPlan, task: str, split: str, first: int | None = None
+    network: MultiTaskNetwork, plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0
 ) -> Iterator[tuple[SubBatch, list[dict[str, Any]]]]:
     """Batches of a split with the network's predictions; of the first `first` images only, if given."""
-    batches = eval_batches(plan, task, split, BATCH_IMAGES)
+    batches = eval_batches(plan, task, split, BATCH_IMAGES, workers)
     total = len(batches) if first is None else min(len(batches), -(-first // BATCH_IMAGES))
     quiet = plan.rank != 0 or not Console().is_terminal
     shown = track(batches, description=f"{task} {split}", total=total, disable=quiet, transient=True)

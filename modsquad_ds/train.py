@@ -4,11 +4,13 @@
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +31,9 @@ from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.objective import Objective, Report, Usage, flatten, no_usage, unflatten, updated_usage
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import sum_over_ranks
-from modsquad_ds.parallel.engine import build_engine
-from modsquad_ds.parallel.launch import Ranks
+from modsquad_ds.parallel.engine import build_engine, in_bf16, read_deepspeed_config
 from modsquad_ds.parallel.optimizer import learning_rate_factor, set_learning_rate
+from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState, gather_network
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.runlog import RunLog
@@ -75,6 +77,8 @@ def train(recipe: Recipe) -> None:
     ranks = launch.start(recipe.parallel.timeout_minutes)
     plan = loader_plan(recipe, ranks)
     check_data(plan)
+    if ranks.first:
+        make_run_folder(recipe.run)
     trainer = build_trainer(recipe, ranks)
     start = resume(trainer)
     steps = recipe.train.steps
@@ -104,8 +108,9 @@ def train(recipe: Recipe) -> None:
 
 def build_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:
     """Network, engine and objective at step 0."""
+    bf16 = in_bf16(read_deepspeed_config(recipe.deepspeed_config))
     for spec in recipe.active.values():
-        check_norm(spec, launch.device().type, ranks.world)
+        check_norm(spec, launch.device().type, ranks.world, bf16)
     engine = build_engine(build_network(recipe), recipe, ranks)
     average = {}
     if recipe.train.ema:
@@ -123,11 +128,39 @@ def resume(trainer: Trainer) -> int:
         raise UserError(f"resume=never: {found[-1]} exists; give another run folder (run=...) or remove it")
     if not found:
         return 0
+    check_continuation(found[-1], recipe)
     progress = checkpoint.load(found[-1], trainer.state)
     trainer.usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in progress.usage)
     if trainer.ranks.first:
         print(f"going on from {found[-1]}, step {progress.step}", flush=True)
     return progress.step
+
+
+def check_continuation(folder: Path, recipe: Recipe) -> None:
+    """Refuse a checkpoint that would load but mean something else: rows of routers and embeddings belong to tasks by order."""
+    saved = checkpoint.read_state(folder)
+    then = [name for name in saved["recipe"]["tasks"] if not saved["recipe"]["only"] or name in saved["recipe"]["only"]]
+    now = list(recipe.active)
+    if then != now:
+        raise UserError(
+            f"checkpoint {folder}: trained for the tasks {', '.join(then)} in this order, the recipe has {', '.join(now)}; "
+            "restore them, or start a new run folder (run=...)"
+        )
+    if saved["step"] > recipe.train.steps:
+        raise UserError(
+            f"checkpoint {folder}: {saved['step']} steps are done, train.steps is {recipe.train.steps}; "
+            "raise it, or start a new run folder (run=...)"
+        )
+
+
+def make_run_folder(run: Path) -> None:
+    """Make the folder before anything else is built, so that a mistaken `run=` is told at once."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise UserError(f"run {run}: cannot be written to ({error.strerror}); give another folder (run=...)") from None
 
 
 def train_step(trainer: Trainer, micro_batches: Iterator[Batch], step: int) -> tuple[Report, Work]:

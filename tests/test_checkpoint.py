@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from modsquad_ds import checkpoint
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel import launch
+from modsquad_ds.parallel.state import step_count
 from modsquad_ds.train import build_trainer, resume, save
 from ranks import run_ranks
 from small import small_recipe
@@ -93,6 +95,10 @@ def one_process(rank: int, world: int, folder: str) -> list[str]:
     wider = recipe_of(str(run), 1, config, **{"model.mlp": {"num_experts": 4, "top_k": 2, "hidden": 16}})
     with pytest.raises(UserError, match=r"fc1_bias has shape \(4, 24\) there and \(4, 16\) in this recipe"):
         resume(build_trainer(wider, ranks))
+    with pytest.raises(UserError, match=r"tasks digits, scenes, textures in this order, the recipe has textures, digits, scenes"):
+        resume(build_trainer(reordered(recipe), ranks))
+    with pytest.raises(UserError, match=r"3 steps are done, train.steps is 2"):
+        resume(build_trainer(recipe_of(str(run), 1, config, **{"train.steps": 2}), ranks))
     for damage, message in DAMAGE.items():
         copy = root / damage
         shutil.copytree(run, copy)
@@ -100,6 +106,11 @@ def one_process(rank: int, world: int, folder: str) -> list[str]:
         with pytest.raises(UserError, match=message):
             resume(build_trainer(recipe.model_copy(update={"run": copy}), ranks))
     return kept
+
+
+def reordered(recipe: Recipe) -> Recipe:
+    """The same tasks in another order: every tensor has the shape of the checkpoint's."""
+    return recipe.model_copy(update={"tasks": {name: recipe.tasks[name] for name in ("textures", "digits", "scenes")}})
 
 
 DAMAGE = {
@@ -130,6 +141,38 @@ def damaged(run: Path, how: str) -> None:
 def test_keeping_refusing_and_damage(tmp_path: Path) -> None:
     (kept,) = run_ranks(1, one_process, str(tmp_path))
     assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_removed_checkpoint_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of removing, it must not pass for complete."""
+    folder = checkpoint.folder_of(tmp_path, 1)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    assert checkpoint.complete_checkpoints(tmp_path) == [folder]
+    seen: list[list[Path]] = []
+    real = shutil.rmtree
+
+    def watched(path: Path, **settings: bool) -> None:
+        if path.exists():
+            seen.append(checkpoint.complete_checkpoints(tmp_path))
+        real(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    checkpoint._remove(folder)
+    assert seen == [[]] and not list(folder.parent.iterdir())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_are_counted_where_the_optimizer_wants_them(fused: bool) -> None:
+    """A fused optimizer on a GPU takes no count that lies on the host."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    count = step_count(7, optimizer, torch.empty(2, device="meta"))
+    assert count.device.type == ("meta" if fused else "cpu")
+    assert fused or count.item() == 7.0
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].dtype == count.dtype
 
 
 def test_saved_recipe_and_steps(tmp_path: Path) -> None:

@@ -323,6 +323,9 @@ def test_norms_that_cannot_work_are_refused() -> None:
     with pytest.raises(UserError, match=r"head.norm: sync_batch .* 2 processes on cpu; use norm: group"):
         check_norm(spec, "cpu", 2)
     check_norm(spec, "cpu", 1)
+    with pytest.raises(UserError, match=r"head.norm: the running statistics of sync_batch stand still in bf16"):
+        check_norm(spec, "cuda", 8, bf16=True)
+    check_norm(task("upernet"), "cuda", 8, bf16=True)
     check_norm(spec, "cuda", 8)
     check_norm(task("upernet"), "cpu", 2)
     check_norm(task("linear"), "cpu", 2)

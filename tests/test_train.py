@@ -12,7 +12,7 @@ from modsquad_ds.config import Recipe
 from modsquad_ds.errors import UserError
 from modsquad_ds.objective import Report
 from modsquad_ds.parallel import launch
-from modsquad_ds.train import Work, build_trainer, due, record_of, stop_if_not_finite, train_step
+from modsquad_ds.train import Work, build_trainer, due, make_run_folder, record_of, stop_if_not_finite, train_step
 from ranks import run_ranks
 from small import small_batch, small_recipe
 from test_topology import config_file
@@ -112,6 +112,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -
     stop_if_not_finite(trainer, finite)
     with pytest.raises(UserError, match="gradient norm inf"):
         stop_if_not_finite(trainer, {**finite, "grad_norm": float("inf")})
+
+
+def test_a_run_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run .*/file: cannot be written to \(File exists\); give another folder"):
+        make_run_folder(tmp_path / "file")
+    with pytest.raises(UserError, match=r"run .*/file/run: cannot be written to \(Not a directory\)"):
+        make_run_folder(tmp_path / "file" / "run")
+    make_run_folder(tmp_path / "a" / "b")
+    make_run_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
 
 
 def test_due() -> None:

@@ -13,8 +13,8 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.parallel.experts import spread_experts
 from modsquad_ds.parallel.lamb import Lamb, attach_zero
-from modsquad_ds.parallel.launch import Ranks
 from modsquad_ds.parallel.optimizer import build_optimizer
+from modsquad_ds.parallel.ranks import Ranks
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 OWNED = {
@@ -54,13 +54,18 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def in_bf16(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config trains in bf16."""
+    return bool(config.get("bf16", {}).get("enabled"))
+
+
 def complete_config(config: dict[str, Any], recipe: Recipe, world: int) -> dict[str, Any]:
     """The config with the recipe's batch size and clipping filled in.
 
     DeepSpeed's batch sizes only feed its own log and its division by the accumulation steps; one is a whole pack.
     """
     accumulation, clip = recipe.train.accumulation, recipe.train.optimizer.clip
-    stage, bf16 = zero_stage(config), bool(config.get("bf16", {}).get("enabled"))
+    stage, bf16 = zero_stage(config), in_bf16(config)
     if stage == 0 and (clip or bf16):
         what = "gradient clipping (train.optimizer.clip)" if clip else "bf16"
         raise UserError(

@@ -19,10 +19,15 @@ from modsquad_ds.tasks import IGNORE_INDEX, FCNSegHead, SegmentationTask, TaskSp
 SegmentationSpec = UPerNetHead | FCNSegHead
 
 
-def check_norm(spec: TaskSpec, device_type: str, world_size: int) -> None:
-    """Refuses synchronised batch norm where torch cannot do it: on several ranks without CUDA."""
-    synchronised = isinstance(spec.head, SegmentationSpec) and spec.head.norm == "sync_batch"
-    if synchronised and device_type != "cuda" and world_size > 1:
+def check_norm(spec: TaskSpec, device_type: str, world_size: int, bf16: bool = False) -> None:
+    """Refuses synchronised batch norm on several ranks without CUDA, where torch cannot do it, and any batch norm in bf16."""
+    norm = spec.head.norm if isinstance(spec.head, SegmentationSpec) else "group"
+    if bf16 and norm != "group":
+        raise UserError(
+            f"head.norm: the running statistics of {norm} stand still in bf16, whose 8 bits lose their small changes; use "
+            "norm: group, or an fp32 deepspeed_config"
+        )
+    if norm == "sync_batch" and device_type != "cuda" and world_size > 1:
         raise UserError(
             f"head.norm: sync_batch works in one process or on CUDA devices, not in {world_size} processes on "
             f"{device_type}; use norm: group"
