@@ -1,15 +1,22 @@
-"""The DeepSpeed JSON: what is refused with which words, and what the recipe fills in."""
+"""The DeepSpeed JSON: what is refused with which words, and what the recipe fills in; the time limit of its groups."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from modsquad_ds.config import ParallelSpec
 from modsquad_ds.errors import UserError
+from modsquad_ds.model.sparse import SparseMLP
+from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.engine import complete_config, read_deepspeed_config
 from modsquad_ds.parallel.experts import check_parallel
+from modsquad_ds.train import build_trainer
+from ranks import run_ranks
 from small import small_recipe
 
 
@@ -64,3 +71,25 @@ def test_group_sizes_divide_the_ranks() -> None:
     check_parallel(ParallelSpec(ep_size=2, attention_ep_size=4), world=4)
     with pytest.raises(UserError, match=r"ep_size 4 does not divide the 6 ranks .*divisor of 6"):
         check_parallel(ParallelSpec(ep_size=4), world=6)
+
+
+def waiting(rank: int, world: int) -> list[float]:
+    """Seconds until rank 0 gives up waiting for rank 1: among the experts' ranks, then among those that share gradients."""
+    ranks = launch.start(timeout_minutes=1.0)
+    trainer = build_trainer(small_recipe(**{"parallel.ep_size": 2, "parallel.timeout_minutes": 0.03}), ranks)
+    (layer, *_) = [x for x in trainer.network.backbone.sparse_layers().values() if isinstance(x, SparseMLP)]
+    waited = []
+    for group in (layer.dispatcher.group, trainer.engine.optimizer.real_dp_process_group[0]):
+        began = time.monotonic()
+        if rank == 0:
+            with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+                dist.all_reduce(torch.ones(2), group=group)
+        waited.append(time.monotonic() - began)
+    dist.barrier()
+    return waited
+
+
+@pytest.mark.dist
+def test_the_recipes_time_limit_holds_in_the_groups_that_deepspeed_makes() -> None:
+    for seconds in run_ranks(2, waiting)[0]:
+        assert 1.0 < seconds < 30.0

@@ -2,11 +2,14 @@
 
 import json
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.errors import UserError
@@ -87,6 +90,16 @@ def complete_config(config: dict[str, Any], recipe: Recipe, world: int) -> dict[
     }
 
 
+def limit_groups(timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed made the job's time limit; it makes them with torch's defaults of 10 to 30 minutes."""
+    made = (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict())
+    # torch before its public name for this has only the private one.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in (groups._WORLD_GROUP, *(group for by_name in made for group in by_name.values())):
+        if group is not None:
+            set_timeout(timeout, group)
+
+
 def build_engine(network: MultiTaskNetwork, recipe: Recipe, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
     """Spread the experts, build the optimizer and wrap both. `network` is changed in place and is `engine.module` afterwards."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -96,6 +109,7 @@ def build_engine(network: MultiTaskNetwork, recipe: Recipe, ranks: Ranks) -> dee
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=optimizer, config=config, dist_init_required=False
     )
+    limit_groups(timedelta(minutes=recipe.parallel.timeout_minutes))
     if zero_stage(config) and not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         raise UserError(
             f"deepspeed_config {recipe.deepspeed_config}: DeepSpeed chose {type(engine.optimizer).__name__}, which cannot be "
