@@ -136,7 +136,7 @@ def describe(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folders.")]) -> None:
-    """Headline metrics of several runs side by side, with their parameters and training time."""
+    """Headline metrics of several runs side by side, with mutual information and parameters."""
     from modsquad_ds.tables import print_comparison
 
     print_comparison(runs)
