@@ -5,6 +5,7 @@ gathered: no sample is counted twice and none is lost.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,22 @@ def predict_split(
 
 
 def predict_batch(network: MultiTaskNetwork, task: str, sub: SubBatch) -> list[dict[str, Any]]:
-    """One prediction per image of a sub-batch, as the task's head gives them."""
+    """One prediction per image of a sub-batch, as the task's head gives them.
+
+    Images of one canvas go through the network together, without the padding that larger neighbours brought: attention
+    would see it, and the prediction would depend on who the neighbours were.
+    """
     weight = network.backbone.pos_embed
-    images_BCHW = sub.images_BCHW.to(weight.device, weight.dtype)
-    return network.head(task).predict(network({task: images_BCHW}).outputs[task], sub.meta)
+    whole = tuple(sub.images_BCHW.shape[-2:])
+    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, meta in enumerate(sub.meta):
+        rows[meta.get("canvas", whole)].append(i)
+    found: dict[int, dict[str, Any]] = {}
+    for (height, width), chosen in rows.items():
+        images_BCHW = sub.images_BCHW[chosen, :, :height, :width].to(weight.device, weight.dtype)
+        outputs = network({task: images_BCHW}).outputs[task]
+        found |= zip(chosen, network.head(task).predict(outputs, [sub.meta[i] for i in chosen]), strict=True)
+    return [found[i] for i in range(len(sub.meta))]
 
 
 def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str, float | None, float | None]]:

@@ -209,7 +209,7 @@ def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) ->
     size = _scaled(sample.image, _fits(sample.image, (canvas[0], canvas[1])))
     ready = _place(sample, size, (0, 0, *canvas), False, pixels)
     assert isinstance(sample.label, DetectionLabel)
-    meta = {"content": (size[0], size[1]), "annotations": sample.label.annotations}
+    meta = {"content": (size[0], size[1]), "canvas": (canvas[0], canvas[1]), "annotations": sample.label.annotations}
     return ready._replace(meta=_original(sample.image) | meta)
 
 
@@ -292,7 +292,7 @@ def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixe
     image, mask = _resize_pair(sample.image, sample.label, _fit_scale(sample.image, spec))
     content = (image.shape[-2], image.shape[-1])
     size = [-(-side // pixels.patch_size) * pixels.patch_size for side in content]
-    meta = _original(sample.image) | {"label": sample.label, "content": content}
+    meta = _original(sample.image) | {"label": sample.label, "content": content, "canvas": (size[0], size[1])}
     return Ready(_pad(_normalize(image, pixels), size, 0.0), {"labels": _pad(mask, size, IGNORE_INDEX)}, meta)
 
 

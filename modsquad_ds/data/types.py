@@ -34,6 +34,7 @@ class SubBatch(NamedTuple):
     meta: tuple[dict[str, Any], ...]
     """Per image, evaluation only (empty dicts in training).
     all kinds: `valid` False for an image that only fills up the last batch, `size` (height, width) of the original.
+    detection, segmentation: `canvas` (height, width) that the image has without larger neighbours in the batch.
     detection: `content` (height, width) of the image inside the canvas, `annotations` (the shard's json, decoded).
     segmentation: `label` uint8 tensor `[h, w]` at the original size, `content` (height, width) of the image inside the canvas.
     """
