@@ -99,15 +99,15 @@ def shards(
     out: Annotated[Path, typer.Argument(help="Folder for the shards; they go to OUT/SPLIT.")],
     split: Annotated[str, typer.Option(help="Split to convert.")] = "train",
     samples_per_shard: Annotated[int, typer.Option(help="Samples per tar.")] = 1000,
-    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(help="Processes.")] = len(os.sched_getaffinity(0)),
     skip_bad: Annotated[bool, typer.Option(help="Leave bad samples out and count them, rather than refuse.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace shards that are already there.")] = False,
 ) -> None:
     """Convert a dataset to WebDataset shards with an index, checking every sample.
 
     [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train
-    modsquad-ds shards coco /data/coco /shards/coco --split val2017
-    modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split training[/dim]
+    modsquad-ds shards coco /data/coco /shards/coco --split val
+    modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split train[/dim]
     """
     from modsquad_ds.data.convert import convert
 

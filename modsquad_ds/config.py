@@ -297,13 +297,26 @@ def recipe_file(recipe: str) -> Path:
     return path
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice in one mapping is a mistake; YAML's own way drops the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, its keys checked."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_tree(recipe: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The mapping of a recipe file, laid over that of its `base:`."""
     path = recipe_file(recipe)
     if path.resolve() in seen:
         raise UserError(f"recipe {path}: its chain of base: recipes leads back to itself; remove one base: key")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read as text ({error}); give a YAML file") from None
     except yaml.YAMLError as error:

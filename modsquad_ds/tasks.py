@@ -43,7 +43,7 @@ IGNORE_INDEX = 255
 class Strict(BaseModel):
     """Base of every recipe section: typed, unchangeable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, protected_namespaces=())
 
 
 Size = tuple[int, int]

@@ -189,6 +189,7 @@ def test_missing_file_lists_what_is_shipped(tmp_path: Path) -> None:
         (b"train: {steps: 5", "not valid YAML"),
         (b"a: 1\n  b: 2\n", "not valid YAML"),
         (b"key: \x01", "not valid YAML"),
+        (b"tasks:\n  pets: {kind: a}\n  pets: {kind: b}\n", "key pets stands twice"),
         (b"\xff\xfe\x00\x00broken", "cannot be read as text"),
         (b"- a\n- b\n", "expected a mapping of keys to values, found list"),
         (b"just words", "found str"),

@@ -142,6 +142,17 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_splits_is_not_both_training_and_held_out_data(tmp_path: Path) -> None:
+    flat = layouts.imagenet(tmp_path / "src") / "train"
+    convert("imagenet", flat, tmp_path / "out", "train", progress=False)
+    with pytest.raises(UserError, match=r"no folder 'val', so its class folders .* and .*out/train holds the same"):
+        convert("imagenet", flat, tmp_path / "out", "val", progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+    other = layouts.imagenet(tmp_path / "src", "val", per_class=3) / "val"
+    convert("imagenet", other, tmp_path / "out", "val", progress=False)
+    assert load_index(tmp_path / "out/val").num_samples == 6
+
+
 # ---------------------------------------------------------------- killed runs
 
 PARALLEL = """

@@ -89,6 +89,7 @@ def convert(
             bad = sorted({*source.bad, *(bad for result in written for bad in result.bad)})
             kept = _renumber(stage, [result.entry for result in written if result.entry.samples])
             _refuse(source, bad, skip_bad, sum(entry.samples for entry in kept))
+            _refuse_twin(out, source, kept)
             index = _index(source, kept, bad)
             _write_file(stage / INDEX_NAME, index.model_dump_json(indent=1).encode())
     except OSError as error:
@@ -148,6 +149,18 @@ def _check_siblings(out: Path, source: Source) -> None:
             raise UserError(
                 f"split {source.split!r} has other classes than {folder} ({counts}: {theirs!r} / {ours!r}): "
                 "give every split the same classes, or choose another OUT"
+            )
+
+
+def _refuse_twin(out: Path, source: Source, kept: list[ShardEntry]) -> None:
+    """A folder without splits looks the same whatever split is asked for; held-out data must not be the training data."""
+    if source.details["source_split"]:
+        return
+    for path in sorted(out.glob(f"[!.]*/{INDEX_NAME}")):
+        if path.parent.name != source.split and [e.sha256 for e in load_index(path.parent).shards] == [e.sha256 for e in kept]:
+            raise UserError(
+                f"{source.root} has no folder {source.split!r}, so its class folders themselves were read, and {path.parent} "
+                "holds the same samples: give the folder above the splits, or the split's own"
             )
 
 

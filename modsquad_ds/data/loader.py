@@ -363,6 +363,9 @@ def _check_transform(name: str, spec: TaskSpec, patch_size: int) -> None:
                 raise UserError(f"tasks.{name}.transform.canvases: empty; give at least one (height, width)")
         case SegmentationTransform():
             sizes["crop"] = transform.crop
+            if min(transform.resize) < 1:
+                found = f"tasks.{name}.transform.resize: {' x '.join(map(str, transform.resize))} px"
+                raise UserError(f"{found}; expected 1 or more")
             ranges["ratio"] = transform.ratio
     for field, sides in sizes.items():
         if any(side < 1 or side % patch_size for side in sides):

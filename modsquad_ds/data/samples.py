@@ -219,10 +219,14 @@ def _check_annotation(annotation: dict[str, Any], record: CocoRecord, file: str,
     return [x, y, width, height], labels.category_ids[category], int(crowd), float(area), annotation["id"]
 
 
+LARGEST = 1e12
+"""No coordinate or area of an image is larger; training holds them in fp32, where 1e39 is infinite."""
+
+
 def _is_finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) < 1e300 and not math.isnan(value)  # an int of 400 digits would overflow in math.isfinite
+    return abs(value) < LARGEST and not math.isnan(value)  # an int of 400 digits would overflow in math.isfinite
 
 
 def turn_box(box: list[float], size: Size, orientation: int) -> list[float]:
