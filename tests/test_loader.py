@@ -208,12 +208,13 @@ def test_evaluation_is_repeatable_and_the_same_from_workers() -> None:
 def test_evaluation_metadata_by_kind() -> None:
     scenes = next(iter(eval_batches(plan(), "scenes", "val", 2)))
     assert scenes.images_BCHW.shape == (2, 3, 48, 48)
-    assert set(scenes.meta[0]) == {"valid", "size", "content", "annotations"}
+    assert set(scenes.meta[0]) == {"valid", "size", "content", "canvas", "annotations"}
     assert scenes.meta[0]["annotations"]["ids"] == [1, 2] and len(scenes.targets["boxes"][0]) == 1
     textures = next(iter(eval_batches(plan(), "textures", "val", 6)))
-    assert set(textures.meta[0]) == {"valid", "size", "content", "label"}
+    assert set(textures.meta[0]) == {"valid", "size", "content", "canvas", "label"}
     assert textures.meta[0]["label"].shape == textures.meta[0]["size"]
     assert textures.images_BCHW.shape[-2] % 8 == textures.images_BCHW.shape[-1] % 8 == 0
+    assert {max(meta["canvas"][axis] for meta in textures.meta) for axis in (0, 1)} == set(textures.images_BCHW.shape[-2:])
     heights = {meta["content"] for meta in textures.meta}
     assert len(heights) > 1, "images of different sizes share the batch"
 
