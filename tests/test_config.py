@@ -190,6 +190,7 @@ def test_missing_file_lists_what_is_shipped(tmp_path: Path) -> None:
         (b"a: 1\n  b: 2\n", "not valid YAML"),
         (b"key: \x01", "not valid YAML"),
         (b"tasks:\n  pets: {kind: a}\n  pets: {kind: b}\n", "key pets stands twice"),
+        (b"? [a, b]\n: c\n", "not valid YAML: while constructing a mapping"),
         (b"\xff\xfe\x00\x00broken", "cannot be read as text"),
         (b"- a\n- b\n", "expected a mapping of keys to values, found list"),
         (b"just words", "found str"),
@@ -272,6 +273,12 @@ def test_mistake_is_told_with_its_key(mistake: str) -> None:
     message = refusal(lambda: recipe_from_tree(tree, "mine.yaml"))
     assert message.startswith("recipe mine.yaml: ")
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("change", ["train.optimizer.lr=.inf", "std=[1.0, .nan, 1.0]"])
+def test_numbers_are_finite(change: str) -> None:
+    message = refusal(lambda: load_recipe("quickstart", [change]))
+    assert change.split("=")[0] in message and "finite number" in message
 
 
 def test_several_mistakes_are_told_together() -> None:

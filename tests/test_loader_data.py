@@ -43,6 +43,7 @@ def test_good_plan_passes() -> None:
         ({"patch_size": 16}, "tasks.scenes.transform.canvases[2]: 40 x 40 px; expected multiples of the patch size 16"),
         ({"tasks": {"a": detection(transform={"eval_canvas": (50, 48)})}}, "tasks.a.transform.eval_canvas: 50 x 48 px"),
         ({"tasks": {"a": detection(transform={"canvases": ()})}}, "tasks.a.transform.canvases: empty"),
+        ({"tasks": {"a": segmentation(transform={"resize": (0, 64)})}}, "tasks.a.transform.resize: 0 x 64 px; expected"),
         ({"tasks": {"a": detection(transform={"scale": (1.0, 0.5)})}}, "tasks.a.transform.scale: 1.0 to 0.5"),
         ({"tasks": {"a": segmentation(transform={"crop": (32, 36)})}}, "tasks.a.transform.crop: 32 x 36 px"),
         ({"tasks": {"a": segmentation(transform={"ratio": (0.0, 1.0)})}}, "tasks.a.transform.ratio: 0.0 to 1.0"),

@@ -127,6 +127,7 @@ NAN = math.nan
         ({"bbox": [1, NAN, 5, 3]}, r"bbox is \[1, nan, 5, 3\], expected four finite numbers"),
         ({"bbox": [1, 2, math.inf, 3]}, "four finite numbers"),
         ({"bbox": [1, 2, 10**400, 3]}, "four finite numbers"),
+        ({"bbox": [1, 2, 1e200, 3]}, "four finite numbers"),  # finite here, but not in the fp32 that training holds
         ({"bbox": [1, 2, 3]}, "four finite numbers"),
         ({"bbox": None}, "bbox is None"),
         ({"bbox": [1, 2, "3", 4]}, "four finite numbers"),
