@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from modsquad_ds.objective import Usage
 from modsquad_ds.parallel.collectives import barrier, gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
+from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_usage
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8})")
@@ -41,6 +43,10 @@ class Progress(NamedTuple):
     step: int
     """Optimizer steps done."""
     usage: tuple[Usage, ...]
+
+
+Place = Callable[[tuple[Usage, ...]], Sequence[Order]]
+"""A checkpoint's usage -> a new order of every sparse layer's experts, the same on every rank."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -91,19 +97,26 @@ def save(run: Path, state: TrainingState, progress: Progress, recipe: dict[str, 
     return final
 
 
-def load(folder: Path, state: TrainingState) -> Progress:
-    """Put a checkpoint into a freshly built training state, whatever topology wrote it. Every rank calls it."""
+def load(folder: Path, state: TrainingState, place: Place | None = None) -> Progress:
+    """Put a checkpoint into a freshly built training state, whatever topology wrote it. Every rank calls it.
+
+    With `place`, weights, optimizer state, weight average and usage arrive with their experts in the orders that it gives.
+    """
     content = read_state(folder)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     _compare_shapes(folder, shapes, state.shapes())
-    reader = _Reader(folder, content)
-    state.load(reader.full, content["optimizer_step"])
     tensors = _open(folder / "shared.safetensors")
-    for name, buffer in state.buffers().items():
-        buffer.copy_(tensors.get_tensor(f"buffer.{name}"))
     usage = tuple(
         Usage(tensors.get_tensor(f"usage.{i}.prob"), tensors.get_tensor(f"usage.{i}.share")) for i in range(content["layers"])
     )
+    moves: dict[str, Move] = {}
+    if place is not None and usage:
+        orders = place(usage)
+        moves, usage = expert_moves(state.engine.module, orders), permute_usage(usage, orders)
+    reader = _Reader(folder, content, moves)
+    state.load(reader.full, content["optimizer_step"])
+    for name, buffer in state.buffers().items():
+        buffer.copy_(tensors.get_tensor(f"buffer.{name}"))
     return Progress(content["step"], usage)
 
 
@@ -121,10 +134,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Full tensors out of all ranks' pieces."""
+    """Full tensors out of all ranks' pieces, with experts moved."""
 
-    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
-        self.shapes = content["shapes"]
+    def __init__(self, folder: Path, content: dict[str, Any], moves: Mapping[str, Move]) -> None:
+        self.shapes, self.moves = content["shapes"], moves
         self.places: dict[tuple[str, str], list[tuple[Path, str, int, int]]] = defaultdict(list)
         self.open: dict[Path, Any] = {}
         for entry in content["files"]:
@@ -147,6 +160,8 @@ class _Reader:
             where = sorted({str(place[0].parent) for place in self.places[name, kind]})
             what = f"{kind} of {name} has {filled} of {size} elements"
             raise UserError(f"checkpoint {', '.join(where)}: {what}; use an older checkpoint")
+        if name in self.moves:
+            whole = moved(whole.view(self.shapes[name]), self.moves[name]).flatten()
         return whole
 
 

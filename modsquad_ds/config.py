@@ -202,6 +202,11 @@ class ParallelSpec(Strict):
     """Ranks that share the MLP experts of one copy of the model. Divides the world size and the number of experts."""
     attention_ep_size: int = Field(1, gt=0)
     """The same for attention experts; they are small, so by default every rank holds them all."""
+    placement: Literal["fixed", "balanced"] = "fixed"
+    """Which experts lie on which rank. `fixed`: as they are numbered. `balanced`: when a run goes on from a checkpoint, experts
+    are numbered anew so that the ranks of a group get about the same number of rows, by the checkpoint's usage and the tasks'
+    tokens per step; a fresh run has no usage yet. The network stays the same, so the curve goes on as with `fixed` up to
+    rounding, not bit for bit; `model.router.noise` is drawn by number, so with it, it is another random draw."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A collective that takes longer ends the job."""
 

@@ -72,6 +72,11 @@ class ClassificationTransform(Strict):
     eval_resize: int | None = None
     """Short side before the centre crop at evaluation; default image_size * 256 / 224."""
 
+    @property
+    def train_sizes(self) -> tuple[Size, ...]:
+        """Sizes of training images; a step has one of them, each equally often."""
+        return ((self.image_size, self.image_size),)
+
 
 class DetectionTransform(Strict):
     """Random resize onto a canvas that is the same for every image of the step, flip, boxes clipped, empty ones dropped."""
@@ -85,6 +90,11 @@ class DetectionTransform(Strict):
     """At evaluation the image is resized to fit this canvas (the short side first, turned for upright images), ratio kept, and
     padded to it."""
 
+    @property
+    def train_sizes(self) -> tuple[Size, ...]:
+        """Sizes of training images; a step has one of them, each equally often."""
+        return self.canvases
+
 
 class SegmentationTransform(Strict):
     """Resize by a random ratio, crop, flip, photometric distortion; the label's padding is 255 (ignored)."""
@@ -97,6 +107,11 @@ class SegmentationTransform(Strict):
     photometric: bool = True
     max_class_share: float = Field(0.75, gt=0, le=1)
     """A crop in which one class covers more than this is drawn again, up to ten times."""
+
+    @property
+    def train_sizes(self) -> tuple[Size, ...]:
+        """Sizes of training images; a step has one of them, each equally often."""
+        return (self.crop,)
 
 
 # ---------------------------------------------------------------- heads

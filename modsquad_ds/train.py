@@ -6,9 +6,10 @@
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +31,14 @@ from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_net
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.objective import Objective, Report, Usage, flatten, no_usage, unflatten, updated_usage
 from modsquad_ds.parallel import launch
-from modsquad_ds.parallel.collectives import sum_over_ranks
+from modsquad_ds.parallel.collectives import broadcast_json, sum_over_ranks
 from modsquad_ds.parallel.engine import build_engine, in_bf16, read_deepspeed_config
+from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.optimizer import learning_rate_factor, set_learning_rate
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState, gather_network
-from modsquad_ds.plan import loader_plan
+from modsquad_ds.placement import Order, balanced_order, expert_load, imbalance
+from modsquad_ds.plan import loader_plan, step_tokens
 from modsquad_ds.runlog import RunLog
 
 
@@ -129,11 +132,31 @@ def resume(trainer: Trainer) -> int:
     if not found:
         return 0
     check_continuation(found[-1], recipe)
-    progress = checkpoint.load(found[-1], trainer.state)
+    place = partial(place_experts, trainer) if recipe.parallel.placement == "balanced" else None
+    progress = checkpoint.load(found[-1], trainer.state, place)
     trainer.usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in progress.usage)
     if trainer.ranks.first:
         print(f"going on from {found[-1]}, step {progress.step}", flush=True)
     return progress.step
+
+
+def place_experts(trainer: Trainer, usage: Sequence[Usage]) -> list[Order]:
+    """Orders of all sparse layers' experts that even the loads of the ranks that share them; layers held whole keep theirs.
+
+    Rank 0's count on every rank: different processors may round a load differently, and different orders lose experts.
+    """
+    token_T = step_tokens(loader_plan(trainer.recipe, trainer.ranks))
+    orders, told = [], []
+    for (path, layer), seen in zip(trainer.network.backbone.sparse_layers().items(), usage, strict=True):
+        ranks = ep_size_of(layer, trainer.recipe.parallel)
+        load_E = expert_load(seen.share_TE, token_T, layer.router.top_k)
+        order = balanced_order(load_E, ranks)
+        orders.append(order)
+        if ranks > 1:
+            told.append(f"{path} {imbalance(load_E, ranks):.2f} -> {imbalance(load_E[list(order)], ranks):.2f}")
+    if trainer.ranks.first:
+        print(f"experts placed, busiest rank / mean: {', '.join(told) or 'no layer is spread over ranks'}", flush=True)
+    return [tuple(order) for order in broadcast_json(orders)]
 
 
 def check_continuation(folder: Path, recipe: Recipe) -> None:

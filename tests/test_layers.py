@@ -18,7 +18,7 @@ RUNGS = (
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),
-    ("objective", "model_file"),
+    ("objective", "model_file", "placement"),
     ("parallel.*",),
     ("checkpoint", "plan", "runlog"),
     ("train", "evaluate", "predict", "tables", "report"),

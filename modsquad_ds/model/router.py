@@ -46,6 +46,8 @@ class Router(nn.Module):
     def __init__(self, spec: RouterSpec, width: int, tasks: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.spec, self.tasks, self.num_experts, self.top_k = spec, tasks, num_experts, top_k
+        self.per_expert: tuple[str, ...] = ("weight", "bias") if spec.type == "mlp" else ("weight",)
+        """Parameters whose axis 1 counts experts."""
         rows = tasks if spec.per_task else 1
         if spec.type == "mlp":
             hidden = max(1, width // 4)

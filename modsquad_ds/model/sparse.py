@@ -23,6 +23,11 @@ class SparseLayer(nn.Module):
         self.router = router
         self.dispatcher: Dispatcher = LocalDispatcher()
 
+    def expert_axes(self) -> dict[str, int]:
+        """Name of every parameter with an entry per expert -> the axis of these entries."""
+        axes = {f"experts.{name}": 0 for name, _ in self.experts.named_parameters(recurse=False)}
+        return axes | {f"router.{name}": 1 for name in self.router.per_expert}
+
 
 class SparseMLP(SparseLayer):
     """y = sum over the chosen experts of gate weight * expert MLP (Mod-Squad, equation of its MoE MLP layer)."""
