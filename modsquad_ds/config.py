@@ -202,6 +202,10 @@ class ParallelSpec(Strict):
     """Ranks that share the MLP experts of one copy of the model. Divides the world size and the number of experts."""
     attention_ep_size: int = Field(1, gt=0)
     """The same for attention experts; they are small, so by default every rank holds them all."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """None: every token reaches all its top_k experts. A number: while training, an expert takes at most
+    ceil(capacity_factor * tokens * top_k / num_experts) of a rank's tokens, those with the highest gate weights. All transfers
+    then have a fixed size and the host never waits to learn it."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A collective that takes longer ends the job."""
 
