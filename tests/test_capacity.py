@@ -234,7 +234,7 @@ def test_places_of_any_routing(data: st.DataObject) -> None:
 # ---------------------------------------------------------------- over ranks
 
 LAYER_FACTOR, FACTOR = 0.75, 0.9
-EXPERTS = 4
+EXPERTS = 8  # so that ranks of the group and experts per rank differ, both more than one
 COLLECTIVES = (
     "all_to_all_single", "all_to_all", "all_reduce", "reduce", "reduce_scatter_tensor", "broadcast", "all_gather",
     "all_gather_into_tensor", "gather", "scatter", "send", "recv", "barrier",
@@ -259,7 +259,7 @@ def tokens_of(rank: int) -> Tensor:
 
 @contextmanager
 def recorded() -> Iterator[list[str]]:
-    """Every collective that runs meanwhile; with more than two positional or other than `group` arguments it is `uneven`."""
+    """Every collective that runs meanwhile; `uneven` where more than output, input and group is given: the splits."""
     calls: list[str] = []
 
     def noted(name: str, real: Callable[..., Any], *args: Any, **settings: Any) -> Any:
