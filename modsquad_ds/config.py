@@ -207,6 +207,10 @@ class ParallelSpec(Strict):
     are numbered anew so that the ranks of a group get about the same number of rows, by the checkpoint's usage and the tasks'
     tokens per step; a fresh run has no usage yet. The network stays the same, so the curve goes on as with `fixed` up to
     rounding, not bit for bit; `model.router.noise` is drawn by number, so with it, it is another random draw."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """None: every token reaches all its top_k experts. A number: while training, an expert takes at most
+    ceil(capacity_factor * tokens * top_k / num_experts) of a rank's tokens, those with the highest gate weights. All transfers
+    then have a fixed size and the host never waits to learn it."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A collective that takes longer ends the job."""
 

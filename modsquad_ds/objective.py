@@ -42,6 +42,8 @@ class Report(NamedTuple):
     """Mutual information of task and expert per sparse layer, nats."""
     balance_L: Tensor
     """Load-balance loss per sparse layer; 1 is balanced."""
+    dropped_T: Tensor
+    """Share of each task's top-k choices, over all sparse layers, that found no place in their expert; 0 without a capacity."""
 
 
 def no_usage(stats: Sequence[RoutingStats]) -> tuple[Usage, ...]:
@@ -52,6 +54,15 @@ def no_usage(stats: Sequence[RoutingStats]) -> tuple[Usage, ...]:
 def updated_usage(usage: Sequence[Usage], stats: Sequence[RoutingStats], decay: float) -> tuple[Usage, ...]:
     """The moving average after one more step; a task's first step sets its row, absent tasks keep theirs."""
     return tuple(_updated(old, new, decay) for old, new in zip(usage, stats, strict=True))
+
+
+def drop_rate(stats: Sequence[RoutingStats], present_T: Tensor) -> Tensor:
+    """Dropped / chosen slots of each task over all layers, `[T]`; 0 for absent tasks and without layers."""
+    if not stats:
+        return torch.zeros_like(present_T)
+    dropped_T = torch.stack([s.dropped_T for s in stats]).sum(0)
+    chosen_T = torch.stack([s.count_TE.sum(1) for s in stats]).sum(0)
+    return (dropped_T / chosen_T.clamp(min=1)).detach()
 
 
 def flatten(terms: Terms, stats: Sequence[RoutingStats]) -> list[Tensor]:
@@ -101,7 +112,8 @@ class Objective:
             loss = losses.uncertainty_weighted(task_T * weight_T, scale_T.float(), present_T)
         routing, information_L, balance_L = self._routing_losses(local[1], total[1], usage)
         loss = loss + routing
-        return loss, Report(loss.detach(), task_T.detach(), present_T, information_L, balance_L)
+        dropped_T = drop_rate(total[1], present_T)
+        return loss, Report(loss.detach(), task_T.detach(), present_T, information_L, balance_L, dropped_T)
 
     def _task_losses(self, local: Terms, total: Terms) -> tuple[Tensor, Tensor]:
         """Loss of every task of the recipe (0 where absent) and which are present, both `[T]`."""

@@ -233,11 +233,13 @@ def record_of(trainer: Trainer, report: Report, work: Work, step: int, seconds: 
     tasks = trainer.network.task_names
     parts = [x.reshape(-1) for x in report]
     numbers = iter(torch.cat([x.to(report.total.device) for x in parts]).tolist())
-    total, per_task, present, information, balance = (list(islice(numbers, x.numel())) for x in parts)
+    total, per_task, present, information, balance, dropped = (list(islice(numbers, x.numel())) for x in parts)
     record = {"step": step, "loss": total[0]}
     record |= {f"loss/{t}": v for t, v, here in zip(tasks, per_task, present, strict=True) if here}
     record |= {f"information/{i}": v for i, v in enumerate(information)}
     record |= {f"balance/{i}": v for i, v in enumerate(balance)}
+    if trainer.recipe.parallel.capacity_factor is not None:
+        record |= {f"dropped/{t}": v for t, v, here in zip(tasks, dropped, present, strict=True) if here}
     return record | {
         "lr": max(group["lr"] for group in trainer.engine.optimizer.param_groups),  # the heads', before layer decay
         "grad_norm": _grad_norm(trainer.engine),

@@ -254,6 +254,8 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
     "top_k of attention": (set_to("model.attention.top_k", 9), ["model.attention: top_k 9 is larger than num_experts 4"]),
     "ep_size": (set_to("parallel.ep_size", 3), ["parallel.ep_size 3 does not divide the 4 experts of a layer"]),
     "attention_ep_size": (set_to("parallel.attention_ep_size", 8), ["parallel.attention_ep_size 8 does not divide the 4"]),
+    "capacity of nothing": (set_to("parallel.capacity_factor", 0), ["parallel.capacity_factor: ", "greater than 0", "(given 0)"]),
+    "negative capacity": (set_to("parallel.capacity_factor", -1.5), ["parallel.capacity_factor: ", "(given -1.5)"]),
     "only": (set_to("only", ["digit", "scenes"]), ["only names digit, not among tasks: digits, scenes, textures"]),
     "only is no list": (set_to("only", "digits"), ["only: ", "(given 'digits')"]),
     "no tasks": (set_to("tasks", {}), ["tasks: ", "at least 1"]),

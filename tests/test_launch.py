@@ -145,7 +145,7 @@ SCENARIOS: dict[str, list[list[list[int]]]] = {
 def routing_of(chosen: list[list[int]]) -> Routing:
     expert_SK = torch.tensor(chosen)
     count_TE = torch.bincount(expert_SK.flatten(), minlength=EXPERTS).float().unsqueeze(0)
-    stats = RoutingStats(count_TE, count_TE, torch.tensor([float(len(chosen))]), torch.zeros(1))
+    stats = RoutingStats(count_TE, count_TE, torch.tensor([float(len(chosen))]), torch.zeros(1), torch.zeros(1))
     return Routing(expert_SK, torch.ones(expert_SK.shape), stats)
 
 

@@ -34,7 +34,7 @@ TERMS: Terms = {
 
 def stats_of(prob: Sequence[Any], count: Sequence[Any], token: Sequence[float], lse2: Sequence[float]) -> RoutingStats:
     prob_TE, lse2_T = torch.tensor(prob, requires_grad=True), torch.tensor(lse2, requires_grad=True)
-    return RoutingStats(prob_TE, torch.tensor(count), torch.tensor(token), lse2_T)
+    return RoutingStats(prob_TE, torch.tensor(count), torch.tensor(token), lse2_T, torch.zeros(len(token)))
 
 
 def two_tasks() -> RoutingStats:
@@ -145,13 +145,13 @@ def test_information_takes_absent_tasks_from_memory() -> None:
 def test_flatten_and_unflatten_are_inverse() -> None:
     stats = (two_tasks(), two_tasks())
     flat = flatten(TERMS, stats)
-    assert len(flat) == 2 * 5 + 2 * 4
+    assert len(flat) == 2 * 5 + 2 * 5
     numbered = [torch.full_like(x.detach(), i) for i, x in enumerate(flat)]
     terms, again = unflatten(numbered, TERMS, stats)
     assert [(task, list(named)) for task, named in terms.items()] == [(task, list(named)) for task, named in TERMS.items()]
     assert terms["textures"]["aux_ce"].weight == 0.4
     assert (terms["digits"]["ce"].sum, terms["digits"]["ce"].count) == (0, 1)
-    assert again[1].token_T.tolist() == [16, 16] and again[0].prob_TE.shape == (2, 2)
+    assert again[1].token_T.tolist() == [17, 17] and again[0].prob_TE.shape == (2, 2)
     assert all(torch.equal(a, b) for a, b in zip(flatten(terms, again), numbered, strict=True))
 
 
@@ -163,7 +163,7 @@ def test_no_usage_is_zero_of_the_right_shape() -> None:
 
 def test_usage_by_hand() -> None:
     def stats(prob: list[list[float]], count: list[list[float]], token: list[float]) -> list[RoutingStats]:
-        return [RoutingStats(torch.tensor(prob), torch.tensor(count), torch.tensor(token), torch.zeros(2))]
+        return [RoutingStats(torch.tensor(prob), torch.tensor(count), torch.tensor(token), torch.zeros(2), torch.zeros(2))]
 
     first = stats([[3.0, 1.0], [0.0, 0.0]], [[6.0, 2.0], [0.0, 0.0]], [4.0, 0.0])
     usage = updated_usage(no_usage(first), first, decay=0.9)

@@ -46,19 +46,27 @@ def choose(router: Router, x_D: Tensor, task: int) -> list[tuple[int, Tensor]]:
     return [(e, prob_E[e] / total) for e in order]
 
 
-def loop_mlp(layer: SparseMLP, x_SD: Tensor) -> Tensor:
+Choice = list[list[tuple[int, Tensor]]]
+
+
+def choose_all(layer: SparseLayer, x_SD: Tensor) -> Choice:
+    """Experts and gate weights of every token."""
+    return [choose(layer.router, x_D, task) for x_D, task in zip(x_SD, task_of_tokens(), strict=True)]
+
+
+def loop_mlp(layer: SparseMLP, x_SD: Tensor, chosen: Callable[..., Choice] = choose_all) -> Tensor:
     """One token at a time, one expert at a time."""
     out, ex = [], layer.experts
-    for x_D, task in zip(x_SD, task_of_tokens(), strict=True):
+    for x_D, choice in zip(x_SD, chosen(layer, x_SD), strict=True):
         y = torch.zeros_like(x_D)
-        for e, gate in choose(layer.router, x_D, task):
+        for e, gate in choice:
             hidden = F.gelu(ex.fc1_weight[e] @ x_D + ex.fc1_bias[e])
             y = y + gate.to(x_D.dtype) * (ex.fc2_weight[e] @ hidden + ex.fc2_bias[e])
         out.append(y)
     return torch.stack(out)
 
 
-def loop_attention(layer: SparseAttention, x_SD: Tensor) -> Tensor:
+def loop_attention(layer: SparseAttention, x_SD: Tensor, chosen: Callable[..., Choice] = choose_all) -> Tensor:
     """One token at a time, one chosen head at a time, softmax by hand over its own image's tokens."""
     images = []
     start = 0
@@ -68,9 +76,9 @@ def loop_attention(layer: SparseAttention, x_SD: Tensor) -> Tensor:
             start += segment.tokens
     k_SC, v_SC = layer.kv(x_SD).chunk(2, dim=-1)
     out, ex = [], layer.experts
-    for x_D, task, image in zip(x_SD, task_of_tokens(), images, strict=True):
+    for x_D, choice, image in zip(x_SD, chosen(layer, x_SD), images, strict=True):
         y = torch.zeros_like(x_D)
-        for e, gate in choose(layer.router, x_D, task):
+        for e, gate in choice:
             q = ex.q_weight[e] @ x_D
             scores = torch.stack([q @ k_SC[j] for j in image]) / layer.head_dim**0.5
             attended = sum(w * v_SC[j] for w, j in zip(scores.softmax(0), image, strict=True))

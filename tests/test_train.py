@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modsquad_ds.checkpoint import folder_of
-from modsquad_ds.config import Recipe
+from modsquad_ds.config import ParallelSpec, Recipe
 from modsquad_ds.errors import UserError
 from modsquad_ds.objective import Report
 from modsquad_ds.parallel import launch
@@ -74,18 +74,19 @@ def test_accumulation_is_one_large_batch_and_the_average_follows(tmp_path: Path)
         assert torch.allclose(halves[name], weight, atol=2e-6), name
 
 
-def fake_trainer(run: Path, clip_norm: float = 2.5) -> Any:
+def fake_trainer(run: Path, clip_norm: float = 2.5, capacity_factor: float | None = None) -> Any:
     engine = SimpleNamespace(
         optimizer=SimpleNamespace(param_groups=[{"lr": 0.125}]), get_global_grad_norm=lambda: torch.tensor(clip_norm)
     )
     return SimpleNamespace(
-        recipe=SimpleNamespace(run=run), ranks=SimpleNamespace(world=2), network=SimpleNamespace(task_names=TASKS), engine=engine
-    )
+        recipe=SimpleNamespace(run=run, parallel=ParallelSpec(capacity_factor=capacity_factor)),
+        ranks=SimpleNamespace(world=2), network=SimpleNamespace(task_names=TASKS), engine=engine,
+    )  # fmt: skip
 
 
 def report(total: float, per_task: list[float], present: list[float]) -> Report:
     t = torch.tensor
-    return Report(t(total), t(per_task), t(present), t([0.25, 0.5]), t([1.0, 1.5]))
+    return Report(t(total), t(per_task), t(present), t([0.25, 0.5]), t([1.0, 1.5]), t([0.125, 0.0, 0.5]))
 
 
 def test_a_record_holds_what_happened_and_absent_tasks_do_not(tmp_path: Path) -> None:
@@ -95,6 +96,9 @@ def test_a_record_holds_what_happened_and_absent_tasks_do_not(tmp_path: Path) ->
         "balance/0": 1.0, "balance/1": 1.5, "lr": 0.125, "grad_norm": 2.5, "seconds": 2.0, "data_seconds": 0.5,
         "images_per_s": 16.0, "tokens_per_s": 320.0,
     }  # fmt: skip
+    limited = fake_trainer(tmp_path, capacity_factor=1.5)
+    again = record_of(limited, report(3.0, [1.0, 0.0, 2.0], [1, 0, 1]), Work(16, 320, 0.5), 7, 2.0)
+    assert again == {**record, "dropped/digits": 0.125, "dropped/textures": 0.5}, "only with a capacity, of tasks that are there"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,7 +3,8 @@
 Axes: S tokens in the pack, K top-k, R = S * K rows, D width, E experts.
 
 `LocalDispatcher` is the path of a single rank and the truth that the all-to-all dispatcher (`parallel/dispatch.py`) is tested
-against. Both are dropless: exactly R rows travel, however skewed the routing.
+against. Both are dropless: exactly R rows travel, however skewed the routing. Training may use those with a capacity instead
+(`capacity.py`).
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,8 @@ class Plan(NamedTuple):
     """Rows of each local expert, on the host: they are the lengths of the expert's matrix products."""
     remote: Any = None
     """What a dispatcher across ranks adds."""
+    dropped_R: Tensor | None = None
+    """With a capacity: bool, which of the flattened slots found no place."""
 
 
 class Dispatcher(Protocol):

@@ -24,6 +24,8 @@ class RoutingStats(NamedTuple):
     """fp32: tokens of each task."""
     lse2_T: Tensor
     """fp32, differentiable: sum of the squared logsumexp of the logits (router z-loss)."""
+    dropped_T: Tensor
+    """fp32: choices of each task that found no place in their expert; zeros without a capacity (`capacity.py`)."""
 
 
 class Routing(NamedTuple):
@@ -99,7 +101,8 @@ class Router(nn.Module):
             token[t] += segment.length
             start = here.stop
         token_T = torch.tensor(token, dtype=torch.float32).to(prob_SE.device, non_blocking=True)
-        return RoutingStats(torch.stack(prob), torch.stack(count), token_T, torch.stack(lse2))
+        dropped_T = torch.zeros_like(token_T)  # known only when places are given out
+        return RoutingStats(torch.stack(prob), torch.stack(count), token_T, torch.stack(lse2), dropped_T)
 
 
 def _top_k(prob_SE: Tensor, k: int) -> Tensor:

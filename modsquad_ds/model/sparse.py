@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modsquad_ds.model.capacity import with_dropped
 from modsquad_ds.model.dispatch import Dispatcher, LocalDispatcher
 from modsquad_ds.model.experts import ExpertBank, HeadExperts, MLPExperts, expert_linear
 from modsquad_ds.model.pack import Segment, slices
@@ -14,7 +15,7 @@ from modsquad_ds.model.router import Router, Routing, RoutingStats
 
 
 class SparseLayer(nn.Module):
-    """A router, a bank of experts and the dispatcher between them, which the parallel side may replace."""
+    """A router, a bank of experts and the dispatchers between them, which the parallel side may replace."""
 
     experts: ExpertBank
 
@@ -22,6 +23,13 @@ class SparseLayer(nn.Module):
         super().__init__()
         self.router = router
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.training_dispatcher: Dispatcher | None = None
+        """With `parallel.capacity_factor`: takes the place of `dispatcher` while training. Evaluation drops nothing, or an
+        image's output would depend on its neighbours."""
+
+    def dispatcher_of_pass(self) -> Dispatcher:
+        """The dispatcher of a forward pass, by whether the layer is training."""
+        return self.training_dispatcher if self.training and self.training_dispatcher else self.dispatcher
 
     def expert_axes(self) -> dict[str, int]:
         """Name of every parameter with an entry per expert -> the axis of these entries."""
@@ -38,10 +46,11 @@ class SparseMLP(SparseLayer):
 
     def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, RoutingStats]:
         """`[S, D]` -> `[S, D]` and the routing's statistics."""
-        routing = self.router(x_SD, segments)
-        plan = self.dispatcher.plan(routing)
-        rows_RD = self.experts(self.dispatcher.dispatch(x_SD, plan), plan.rows)
-        return weighted_sum(self.dispatcher.combine(rows_RD, plan), routing), routing.stats
+        routing, dispatcher = self.router(x_SD, segments), self.dispatcher_of_pass()
+        plan = dispatcher.plan(routing)
+        rows_RD = self.experts(dispatcher.dispatch(x_SD, plan), plan.rows)
+        y_SD = weighted_sum(dispatcher.combine(rows_RD, plan), routing)
+        return y_SD, with_dropped(routing.stats, plan, segments)
 
 
 class SparseAttention(SparseLayer):
@@ -59,14 +68,14 @@ class SparseAttention(SparseLayer):
 
     def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, RoutingStats]:
         """`[S, D]` -> `[S, D]` and the routing's statistics."""
-        routing = self.router(x_SD, segments)
-        plan = self.dispatcher.plan(routing)
-        rows_RD = self.dispatcher.dispatch(x_SD, plan)
-        q_RC = self.dispatcher.combine(expert_linear(rows_RD, plan.rows, self.experts.q_weight), plan)
+        routing, dispatcher = self.router(x_SD, segments), self.dispatcher_of_pass()
+        plan = dispatcher.plan(routing)
+        rows_RD = dispatcher.dispatch(x_SD, plan)
+        q_RC = dispatcher.combine(expert_linear(rows_RD, plan.rows, self.experts.q_weight), plan)
         attended_RC = self._attend(q_RC, self.kv(x_SD), segments)
-        rows_RC = self.dispatcher.dispatch(attended_RC, plan)
-        out_RD = self.dispatcher.combine(expert_linear(rows_RC, plan.rows, self.experts.proj_weight), plan)
-        return weighted_sum(out_RD, routing), routing.stats
+        rows_RC = dispatcher.dispatch(attended_RC, plan)
+        out_RD = dispatcher.combine(expert_linear(rows_RC, plan.rows, self.experts.proj_weight), plan)
+        return weighted_sum(out_RD, routing), with_dropped(routing.stats, plan, segments)
 
     def _attend(self, q_RC: Tensor, kv_S2C: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """One-head attention per image, with N * K queries on N keys."""

@@ -12,8 +12,10 @@ from torch import nn
 
 from modsquad_ds.config import ParallelSpec
 from modsquad_ds.errors import UserError
+from modsquad_ds.model.capacity import CapacityDispatcher
 from modsquad_ds.model.sparse import SparseLayer, SparseMLP
 from modsquad_ds.model.vit import SparseViT
+from modsquad_ds.parallel.capacity import AllToAllCapacityDispatcher
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 from modsquad_ds.parallel.ranks import Ranks
 
@@ -73,3 +75,14 @@ def spread_experts(backbone: SparseViT, spec: ParallelSpec, ranks: Ranks) -> Non
         dispatcher = AllToAllDispatcher(bank.num_experts, ep_size)
         layer.dispatcher = dispatcher
         layer.parallel_group = ExpertParallelGroup(bank.num_experts, ep_size, dispatcher)
+    if spec.capacity_factor is not None:
+        for layer in backbone.sparse_layers().values():
+            layer.training_dispatcher = with_capacity(layer, spec.capacity_factor)
+
+
+def with_capacity(layer: SparseLayer, capacity_factor: float) -> CapacityDispatcher:
+    """The dispatcher with a capacity that goes the way of the layer's dropless one: to other ranks, or nowhere."""
+    dropless, num_experts = layer.dispatcher, layer.experts.num_experts
+    if isinstance(dropless, AllToAllDispatcher):
+        return AllToAllCapacityDispatcher(num_experts, capacity_factor, dropless)
+    return CapacityDispatcher(num_experts, capacity_factor)
