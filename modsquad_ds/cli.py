@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from modsquad_ds import __version__
+from modsquad_ds.cli_bench import bench
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel.ranks import Ranks, ranks_from
 
@@ -27,6 +28,7 @@ Overrides = Annotated[
     typer.Argument(help="Changes to the recipe, e.g. train.steps=100 'only=[digits]'.", metavar="[KEY=VALUE]..."),
 ]
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.", metavar="RECIPE")]
+app.add_typer(bench, name="bench")
 
 
 @app.callback()

@@ -22,7 +22,8 @@ RUNGS = (
     ("parallel.*",),
     ("checkpoint", "plan", "runlog"),
     ("train", "evaluate", "predict", "tables", "report"),
-    ("cli", "__main__"),
+    ("bench.*",),
+    ("cli", "cli_bench", "__main__"),
 )
 # Who alone may import what.
 OWNERS = {
