@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.model.capacity import CapacityDispatcher, with_dropped
-from modsquad_ds.model.dispatch import LocalDispatcher
+from modsquad_ds.model.dispatch import Groups, LocalDispatcher
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Routing, RoutingStats
@@ -55,6 +55,17 @@ def routing_of(expert: Sequence[Sequence[int]], weight: Sequence[Sequence[float]
 # ---------------------------------------------------------------- by hand
 
 
+class Seen:
+    """A bank that multiplies by ten and keeps the rows it got."""
+
+    rows: Tensor
+
+    def __call__(self, x: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        assert len(x) == sum(groups.rows) and weight_SK is None
+        self.rows = x
+        return x * 10
+
+
 def test_capacity_is_rounded_up_and_at_least_one() -> None:
     assert [CapacityDispatcher(4, 1.25).capacity(slots) for slots in (1, 16, 17, 32)] == [1, 5, 6, 10]
     assert CapacityDispatcher(8, 0.01).capacity(8) == 1
@@ -66,15 +77,18 @@ def test_which_slots_are_dropped_by_hand() -> None:
     routing = routing_of([[0, 1], [0, 1], [1, 0]], [[0.6, 0.4], [0.7, 0.3], [0.6, 0.4]], 2)
     dispatcher = CapacityDispatcher(2, 0.6)
     plan = dispatcher.plan(routing)
-    assert plan.rows == (2, 2) and plan.top_k == 2
+    assert plan.groups.rows == (2, 2)
     assert plan.order_R.tolist() == [2, 0, 4, 1]
     assert plan.inverse_R.tolist() == [1, 3, 0, -1, 2, -1]
-    rows = dispatcher.dispatch(torch.tensor([[1.0], [2.0], [3.0]]), plan)
-    assert rows.flatten().tolist() == [2, 1, 3, 1]
-    assert dispatcher.combine(rows * 10, plan).flatten().tolist() == [10, 10, 20, 0, 30, 0]
+    seen = Seen()
+    slots = dispatcher.run(seen, torch.tensor([[1.0], [2.0], [3.0]]), plan)
+    assert seen.rows.flatten().tolist() == [2, 1, 3, 1]
+    assert slots.flatten().tolist() == [10, 10, 20, 0, 30, 0]
+    summed = dispatcher.run(seen, torch.tensor([[1.0], [2.0], [3.0]]), plan, routing.weight_SK)
+    assert summed.flatten().tolist() == pytest.approx([10, 14, 18])
     # Task 1 has the first two tokens, task 0 the third: one of four choices and one of two.
     stats = routing.stats._replace(dropped_T=torch.zeros(3), count_TE=torch.tensor([[1.0, 1], [2, 2], [0, 0]]))
-    dropped = with_dropped(stats, plan, (Segment(1, 1, 2, 1), Segment(0, 1, 1, 1)))
+    dropped = with_dropped(routing._replace(stats=stats), plan, (Segment(1, 1, 2, 1), Segment(0, 1, 1, 1)))
     assert dropped.dropped_T.tolist() == [1, 1, 0]
     other = stats._replace(count_TE=2 * stats.count_TE)  # a second layer without drops and with twice the choices
     assert drop_rate((dropped, other), torch.ones(3)).tolist() == pytest.approx([1 / 6, 1 / 12, 0])
@@ -85,8 +99,9 @@ def test_of_equal_weights_the_first_slots_stay_and_empty_places_are_zero() -> No
     dispatcher = CapacityDispatcher(3, 1.5)
     plan = dispatcher.plan(routing_of([[2], [2], [2], [0]], [[0.5], [0.5], [0.5], [0.1]], 3))
     assert plan.order_R.tolist() == [3, -1, -1, -1, 0, 1] and plan.inverse_R.tolist() == [4, 5, -1, 0]
-    rows = dispatcher.dispatch(torch.full((4, 1), float("nan")), plan)
-    assert rows[1:4].flatten().tolist() == [0, 0, 0], "whatever lies in the rows that stand in"
+    seen = Seen()
+    dispatcher.run(seen, torch.full((4, 1), float("nan")), plan)
+    assert seen.rows[1:4].flatten().tolist() == [0, 0, 0], "whatever lies in the rows that stand in"
 
 
 # ---------------------------------------------------------------- the dumbest loop
@@ -217,7 +232,7 @@ def test_places_of_any_routing(data: st.DataObject) -> None:
     dispatcher = CapacityDispatcher(num_experts, factor)
     routing = routing_of(expert_SK.tolist(), weight_SK.tolist(), num_experts)
     plan, capacity = dispatcher.plan(routing), dispatcher.capacity(tokens * top_k)
-    assert plan.rows == (capacity,) * num_experts and plan.dropped_R is not None
+    assert plan.groups.rows == (capacity,) * num_experts and plan.dropped_R is not None
     # Places and slots are each other's inverse, and a place is its slot's expert's.
     held = {slot: place for place, slot in enumerate(plan.order_R.tolist()) if slot >= 0}
     assert held == {slot: place for slot, place in enumerate(plan.inverse_R.tolist()) if place >= 0}

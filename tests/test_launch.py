@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modsquad_ds.errors import UserError
-from modsquad_ds.model.dispatch import Dispatcher, LocalDispatcher
-from modsquad_ds.model.experts import MLPExperts, expert_linear
+from modsquad_ds.model.dispatch import Dispatcher, Groups, LocalDispatcher
+from modsquad_ds.model.experts import MLPExperts
+from modsquad_ds.model.products import expert_linear
 from modsquad_ds.model.router import Routing, RoutingStats
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier, broadcast_json, gather_json, sum_over_ranks, world_size
@@ -165,23 +166,33 @@ class Result(NamedTuple):
     """What one way through the experts gives."""
 
     output: Tensor
+    summed: Tensor
     rows: tuple[int, ...]
     grads: list[Tensor]
-    """Of the tokens, then of the experts' parameters by name."""
+    """Of the tokens, of the gate weights, then of the experts' parameters by name."""
 
 
 def through(dispatcher: Dispatcher, bank: MLPExperts, x: Tensor, routing: Routing) -> Result:
-    """Out and back twice, as MoE attention does: first tokens, then rows that differ per slot."""
+    """Out and back three times: tokens, then rows that differ per slot, then these weighted and summed per token."""
     x = x.clone().requires_grad_()
     plan = dispatcher.plan(routing)
-    hidden = dispatcher.combine(expert_linear(dispatcher.dispatch(x, plan), plan.rows, bank.fc1_weight, bank.fc1_bias), plan)
-    slot = torch.arange(1.0, plan.top_k + 1).repeat(len(x)).unsqueeze(1)
-    rows = dispatcher.dispatch(torch.tanh(hidden) * slot, plan)
-    output = dispatcher.combine(expert_linear(rows, plan.rows, bank.fc2_weight, bank.fc2_bias), plan)
+
+    def first(rows: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        return expert_linear(rows, groups, bank.fc1_weight, bank.fc1_bias, weight_SK)
+
+    def second(rows: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        return expert_linear(rows, groups, bank.fc2_weight, bank.fc2_bias, weight_SK)
+
+    slot = torch.arange(1.0, routing.expert_SK.shape[1] + 1).repeat(len(x)).unsqueeze(1)
+    rows = torch.tanh(dispatcher.run(first, x, plan)) * slot
+    output = dispatcher.run(second, rows, plan)
+    gate_SK = torch.cos(slot).view(routing.expert_SK.shape).requires_grad_()
+    summed = dispatcher.run(second, rows, plan, gate_SK)
     # Every row weighs differently, and the same wherever its expert is.
-    loss = (output * torch.cos(output.detach()) * slot).sum()
+    loss = (output * torch.cos(output.detach()) * slot).sum() + (summed * torch.sin(summed.detach())).sum()
     parameters = [parameter for _, parameter in sorted(bank.named_parameters())]
-    return Result(output.detach(), plan.rows, list(torch.autograd.grad(loss, (x, *parameters))))
+    gradients = torch.autograd.grad(loss, (x, gate_SK, *parameters))
+    return Result(output.detach(), summed.detach(), plan.groups.rows, list(gradients))
 
 
 def spread(rank: int, scenario: str) -> Result:
@@ -240,12 +251,14 @@ def test_experts_over_ranks_are_all_experts_in_one_process(scenario: str, pair: 
     parts = [results[scenario] for _, results in pair]
     assert parts[0].rows + parts[1].rows == whole.rows
     assert_close(torch.cat([part.output for part in parts]), whole.output)
-    assert_close(torch.cat([part.grads[0] for part in parts]), whole.grads[0])
-    for i in range(1, 5):
+    assert_close(torch.cat([part.summed for part in parts]), whole.summed)
+    for i in (0, 1):
+        assert_close(torch.cat([part.grads[i] for part in parts]), whole.grads[i])
+    for i in range(2, 6):
         # An expert's gradient is all of it, as its rows came from both ranks.
         assert_close(torch.cat([part.grads[i] for part in parts]), whole.grads[i])
     idle = [e for e, rows in enumerate(whole.rows) if rows == 0]
-    assert all(not whole.grads[i][idle].any() for i in range(1, 5))
+    assert all(not whole.grads[i][idle].any() for i in range(2, 6))
 
 
 def test_scenarios_hold_the_hard_cases() -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modsquad_ds.config import RouterSpec
-from modsquad_ds.model import experts as bank
-from modsquad_ds.model.dispatch import LocalDispatcher, to_expert_order, to_token_order
-from modsquad_ds.model.experts import HeadExperts, MLPExperts, can_group, expert_linear
+from modsquad_ds.model.experts import HeadExperts, MLPExperts
+from modsquad_ds.model.laid_out import can_group
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
@@ -177,26 +176,6 @@ def test_noise_acts_in_training_only() -> None:
     assert not torch.equal(layer(x, SEGMENTS)[0], layer(x, SEGMENTS)[0])
     layer.eval()
     assert torch.equal(layer(x, SEGMENTS)[0], layer(x, SEGMENTS)[0])
-
-
-def test_permutation_and_its_inverse() -> None:
-    routing = make("mlp", 5, 2).router(torch.randn(TOKENS, WIDTH), SEGMENTS)
-    plan = LocalDispatcher().plan(routing)
-    x = torch.arange(TOKENS * WIDTH, dtype=torch.float32).view(TOKENS, WIDTH)
-    back = to_token_order(to_expert_order(x, plan), plan)
-    assert torch.equal(back, x.repeat_interleave(2, dim=0))
-    assert sum(plan.rows) == 2 * TOKENS
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_equal_looped(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    rows = (3, 0, 8, 5)
-    weight, bias = torch.randn(4, 24, 16).to(dtype), torch.randn(4, 24).to(dtype)
-    x = torch.randn(16, 16).to(dtype)
-    looped, grouped = bank._looped(x, rows, weight, bias), bank._grouped(x, rows, weight, bias)
-    assert_close(grouped, looped, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
-    assert torch.equal(expert_linear(x, rows, weight, bias), looped)
 
 
 def test_grouped_products_only_where_cuda_takes_them() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modsquad_ds.model.dispatch import Plan
+from modsquad_ds.model.dispatch import Compute, Groups, Plan, weighted_sum
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Routing, RoutingStats
 
@@ -41,19 +41,19 @@ class CapacityDispatcher:
 
     def plan(self, routing: Routing) -> Plan:
         """The slots of highest gate weight get the places."""
-        slots, top_k = routing.expert_SK.numel(), routing.expert_SK.shape[1]
-        capacity = self.capacity(slots)
+        capacity = self.capacity(routing.expert_SK.numel())
         slot_G, place_R = assign_places(routing, self.num_experts, capacity)
-        return Plan(slot_G, place_R, top_k, (capacity,) * self.num_experts, dropped_R=place_R < 0)
+        return Plan(slot_G, place_R, Groups((capacity,) * self.num_experts), dropped_R=place_R < 0)
 
-    def dispatch(self, x_SD: Tensor, plan: Plan) -> Tensor:
-        """`[S, D]` or `[R, D]` in token order -> `[G, D]` in expert order."""
-        copies = plan.inverse_R.numel() // x_SD.shape[0]
-        return TakeOrZero.apply(x_SD, plan.order_R, plan.inverse_R, copies)
+    def run(self, compute: Compute, x: Tensor, plan: Plan, weight_SK: Tensor | None = None) -> Tensor:
+        """See `Dispatcher`."""
+        rows_GD = TakeOrZero.apply(x, plan.order_R, plan.inverse_R, plan.inverse_R.numel() // x.shape[0])
+        slots_RO = TakeOrZero.apply(self._at_experts(compute, rows_GD, plan), plan.inverse_R, plan.order_R, 1)
+        return slots_RO if weight_SK is None else weighted_sum(slots_RO, weight_SK)
 
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """`[G, D]` in expert order -> `[R, D]` in token order."""
-        return TakeOrZero.apply(rows_RD, plan.inverse_R, plan.order_R, 1)
+    def _at_experts(self, compute: Compute, rows_GD: Tensor, plan: Plan) -> Tensor:
+        """`[G, D]` -> `[G, O]`, both in expert order."""
+        return compute(rows_GD, plan.groups)
 
 
 def assign_places(routing: Routing, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -79,12 +79,13 @@ def assign_places(routing: Routing, num_experts: int, capacity: int) -> tuple[Te
     return slot_EC.flatten(), place_R
 
 
-def with_dropped(stats: RoutingStats, plan: Plan, segments: tuple[Segment, ...]) -> RoutingStats:
+def with_dropped(routing: Routing, plan: Plan, segments: tuple[Segment, ...]) -> RoutingStats:
     """The routing's statistics with each task's dropped slots; as they are where the plan drops none."""
+    stats, top_k = routing.stats, routing.expert_SK.shape[1]
     if plan.dropped_R is None:
         return stats
     dropped = list(stats.dropped_T.unbind())
-    parts = plan.dropped_R.split([segment.length * plan.top_k for segment in segments])
+    parts = plan.dropped_R.split([segment.length * top_k for segment in segments])
     for segment, part in zip(segments, parts, strict=True):
         dropped[segment.task] = dropped[segment.task] + part.sum()
     return stats._replace(dropped_T=torch.stack(dropped))

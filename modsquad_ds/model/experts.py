@@ -1,17 +1,18 @@
 """Expert banks: the third verb of a sparse layer. Every expert works on its own rows with its own weights.
 
-Axes: E experts held by this rank, R rows sorted by expert, D width, H hidden width of an expert.
+Axes: E experts held by this rank, R rows, S tokens, K top-k, D width, C width of an attention head, H hidden width of an expert.
 
 Stacked parameters `[E, out, in]`. Each expert starts from a generator seeded by (seed, layer, expert), so its weights do not
-depend on how many ranks share the bank. On CUDA in bf16 the products are grouped GEMMs; on CPU a loop is faster (1.1 times an
-equal dense MLP against 1.2 to 1.5 times).
+depend on how many ranks share the bank. The products themselves are in products.py.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modsquad_ds.model.dispatch import Groups
+from modsquad_ds.model.products import expert_linear, expert_mlp
 
 
 class ExpertBank(nn.Module):
@@ -56,10 +57,9 @@ class MLPExperts(ExpertBank):
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, width))
 
-    def forward(self, rows_RD: Tensor, rows: Sequence[int]) -> Tensor:
-        """`[R, D]` sorted by expert, `rows[e]` rows of expert e -> `[R, D]`."""
-        hidden_RH = F.gelu(expert_linear(rows_RD, rows, self.fc1_weight, self.fc1_bias))
-        return expert_linear(hidden_RH, rows, self.fc2_weight, self.fc2_bias)
+    def forward(self, x: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        """Every row through its expert; shapes as in `dispatch.Compute`."""
+        return expert_mlp(x, groups, (self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias), weight_SK)
 
 
 class HeadExperts(ExpertBank):
@@ -70,35 +70,13 @@ class HeadExperts(ExpertBank):
         self.q_weight = nn.Parameter(torch.empty(num_experts, head_dim, width))
         self.proj_weight = nn.Parameter(torch.empty(num_experts, width, head_dim))
 
+    def query(self, x: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        """Rows of width D -> queries of width C; shapes as in `dispatch.Compute`."""
+        return expert_linear(x, groups, self.q_weight, gate_SK=weight_SK)
 
-def expert_linear(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:
-    """Rows of expert e times its own matrix (plus its bias): `[R, in]` -> `[R, out]`."""
-    return (_grouped if x_RI.is_cuda and can_group(weight_EOI) else _looped)(x_RI, rows, weight_EOI, bias_EO)
-
-
-def can_group(weight_EOI: Tensor) -> bool:
-    """Whether CUDA's grouped GEMM takes this matrix: bf16, and every row begins at a multiple of 16 bytes.
-
-    In fp32 torch falls back to a loop that asks the device for the row counts, which `_looped` has on the host. ZeRO lays
-    parameters side by side in one buffer, so even matrices of even sizes may begin anywhere.
-    """
-    sizes_fit = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
-    return weight_EOI.dtype == torch.bfloat16 and sizes_fit and weight_EOI.data_ptr() % 16 == 0
-
-
-def _looped(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-    biases = bias_EO.unbind(0) if bias_EO is not None else [None] * len(rows)
-    parts = zip(x_RI.split(list(rows)), weight_EOI.unbind(0), biases, strict=True)
-    return torch.cat([F.linear(x, weight, bias) for x, weight, bias in parts])
-
-
-def _grouped(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-    rows_E = torch.tensor(rows, dtype=torch.int32).to(x_RI.device, non_blocking=True)
-    ends_E = rows_E.cumsum(0, dtype=torch.int32)
-    y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
-    if bias_EO is None:
-        return y_RO
-    return y_RO + bias_EO.repeat_interleave(rows_E, dim=0, output_size=x_RI.shape[0])
+    def project(self, x: Tensor, groups: Groups, weight_SK: Tensor | None = None) -> Tensor:
+        """Attended rows of width C -> D; shapes as in `dispatch.Compute`."""
+        return expert_linear(x, groups, self.proj_weight, gate_SK=weight_SK)
 
 
 def _mix(numbers: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """The sparse layers of a block: MoE MLP and MoE attention, each as route, dispatch, compute, combine.
 
-Axes: S tokens in the pack, D width, K top-k, R = S * K rows, C width of one attention head, B images, N tokens of an image.
+Axes: S tokens in the pack, D width, K top-k, R = S * K slots, C width of one attention head, B images, N tokens of an image.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from modsquad_ds.model.capacity import with_dropped
 from modsquad_ds.model.dispatch import Dispatcher, LocalDispatcher
-from modsquad_ds.model.experts import ExpertBank, HeadExperts, MLPExperts, expert_linear
+from modsquad_ds.model.experts import ExpertBank, HeadExperts, MLPExperts
 from modsquad_ds.model.pack import Segment, slices
-from modsquad_ds.model.router import Router, Routing, RoutingStats
+from modsquad_ds.model.router import Router, RoutingStats
 
 
 class SparseLayer(nn.Module):
@@ -48,9 +48,8 @@ class SparseMLP(SparseLayer):
         """`[S, D]` -> `[S, D]` and the routing's statistics."""
         routing, dispatcher = self.router(x_SD, segments), self.dispatcher_of_pass()
         plan = dispatcher.plan(routing)
-        rows_RD = self.experts(dispatcher.dispatch(x_SD, plan), plan.rows)
-        y_SD = weighted_sum(dispatcher.combine(rows_RD, plan), routing)
-        return y_SD, with_dropped(routing.stats, plan, segments)
+        y_SD = dispatcher.run(self.experts, x_SD, plan, routing.weight_SK)
+        return y_SD, with_dropped(routing, plan, segments)
 
 
 class SparseAttention(SparseLayer):
@@ -70,12 +69,10 @@ class SparseAttention(SparseLayer):
         """`[S, D]` -> `[S, D]` and the routing's statistics."""
         routing, dispatcher = self.router(x_SD, segments), self.dispatcher_of_pass()
         plan = dispatcher.plan(routing)
-        rows_RD = dispatcher.dispatch(x_SD, plan)
-        q_RC = dispatcher.combine(expert_linear(rows_RD, plan.rows, self.experts.q_weight), plan)
+        q_RC = dispatcher.run(self.experts.query, x_SD, plan)
         attended_RC = self._attend(q_RC, self.kv(x_SD), segments)
-        rows_RC = dispatcher.dispatch(attended_RC, plan)
-        out_RD = dispatcher.combine(expert_linear(rows_RC, plan.rows, self.experts.proj_weight), plan)
-        return weighted_sum(out_RD, routing), with_dropped(routing.stats, plan, segments)
+        y_SD = dispatcher.run(self.experts.project, attended_RC, plan, routing.weight_SK)
+        return y_SD, with_dropped(routing, plan, segments)
 
     def _attend(self, q_RC: Tensor, kv_S2C: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """One-head attention per image, with N * K queries on N keys."""
@@ -88,9 +85,3 @@ class SparseAttention(SparseLayer):
             parts.append(F.scaled_dot_product_attention(q, k, v).reshape(-1, self.head_dim))
             start = stop
         return torch.cat(parts)
-
-
-def weighted_sum(slots_RD: Tensor, routing: Routing) -> Tensor:
-    """Gate-weighted sum of each token's K rows: `[S * K, D]` -> `[S, D]`."""
-    weight_SK1 = routing.weight_SK.to(slots_RD.dtype).unsqueeze(-1)
-    return (slots_RD.view(*routing.weight_SK.shape, -1) * weight_SK1).sum(1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modsquad_ds.model.capacity import CapacityDispatcher
-from modsquad_ds.model.dispatch import Plan
+from modsquad_ds.model.dispatch import Compute, Groups, Plan
 from modsquad_ds.model.router import Routing
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 
@@ -30,17 +30,14 @@ class AllToAllCapacityDispatcher(CapacityDispatcher):
     def plan(self, routing: Routing) -> Plan:
         """This rank's places; each of its own experts gets C rows from every rank."""
         plan = super().plan(routing)
-        return plan._replace(rows=(self.dropless.ep_size * plan.rows[0],) * self.dropless.local)
+        capacity = plan.groups.rows[0]
+        return plan._replace(groups=Groups((self.dropless.ep_size * capacity,) * self.dropless.local))
 
-    def dispatch(self, x_SD: Tensor, plan: Plan) -> Tensor:
-        """`[S, D]` or `[R, D]` in token order -> `[L * P * C, D]` grouped by local expert, within it by source rank."""
-        arrived = self._exchange(super().dispatch(x_SD, plan))
-        return _regrouped(arrived, self.dropless.ep_size, self.dropless.local)
-
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """`[L * P * C, D]` grouped by local expert -> `[R, D]` in token order."""
-        leaving = _regrouped(rows_RD, self.dropless.local, self.dropless.ep_size)
-        return super().combine(self._exchange(leaving), plan)
+    def _at_experts(self, compute: Compute, rows_GD: Tensor, plan: Plan) -> Tensor:
+        """`[E * C, D]` to the ranks of their experts, which see them by (expert, source rank), and back."""
+        ranks, local = self.dropless.ep_size, self.dropless.local
+        arrived = _regrouped(self._exchange(rows_GD), ranks, local)
+        return self._exchange(_regrouped(compute(arrived, plan.groups), local, ranks))
 
     def _exchange(self, x: Tensor) -> Tensor:
         return _EqualAllToAll.apply(x, self.dropless.group)

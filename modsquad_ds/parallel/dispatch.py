@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modsquad_ds.model.dispatch import Permute, Plan, sort_by_expert, to_expert_order, to_token_order
+from modsquad_ds.model.dispatch import Compute, Groups, Plan, permuted, sort_by_expert
+from modsquad_ds.model.products import combined
 from modsquad_ds.model.router import Routing
 
 
@@ -24,10 +25,6 @@ class Remote(NamedTuple):
     """Rows to each rank of the group."""
     received: list[int]
     """Rows from each rank of the group."""
-    regroup_Q: Tensor
-    """Arriving rows lie by (source rank, expert); row q in expert order is arriving row regroup_Q[q]."""
-    ungroup_Q: Tensor
-    """The inverse permutation."""
 
 
 class AllToAllDispatcher:
@@ -49,20 +46,17 @@ class AllToAllDispatcher:
         rows = tuple(sum(column) for column in zip(*counts[1], strict=True))
         expert_Q = torch.arange(self.local, device=order_R.device).repeat(self.ep_size)
         expert_Q = expert_Q.repeat_interleave(arriving_PE.flatten(), output_size=sum(received))
-        regroup_Q, ungroup_Q = sort_by_expert(expert_Q)
-        return Plan(order_R, inverse_R, routing.expert_SK.shape[1], rows, Remote(sent, received, regroup_Q, ungroup_Q))
+        # Arriving rows lie by (source rank, expert).
+        return Plan(order_R, inverse_R, Groups(rows, *sort_by_expert(expert_Q)), Remote(sent, received))
 
-    def dispatch(self, x_SD: Tensor, plan: Plan) -> Tensor:
-        """`[S, D]` or `[R, D]` in token order -> `[Q, D]` grouped by local expert."""
+    def run(self, compute: Compute, x: Tensor, plan: Plan, weight_SK: Tensor | None = None) -> Tensor:
+        """See `Dispatcher`."""
         remote: Remote = plan.remote
-        arrived_QD = self._exchange(to_expert_order(x_SD, plan), remote.sent, remote.received)
-        return Permute.apply(arrived_QD, remote.regroup_Q, remote.ungroup_Q, 1)
-
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """`[Q, D]` grouped by local expert -> `[R, D]` in token order."""
-        remote: Remote = plan.remote
-        leaving_QD = Permute.apply(rows_RD, remote.ungroup_Q, remote.regroup_Q, 1)
-        return to_token_order(self._exchange(leaving_QD, remote.received, remote.sent), plan)
+        arrived_QD = self._exchange(permuted(x, plan.order_R, plan.inverse_R), remote.sent, remote.received)
+        back_RO = self._exchange(compute(arrived_QD, plan.groups), remote.received, remote.sent)
+        if weight_SK is None:
+            return permuted(back_RO, plan.inverse_R, plan.order_R)
+        return combined(back_RO, plan.order_R, plan.inverse_R, weight_SK)
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return _AllToAll.apply(x, sent, received, self.group)
