@@ -68,11 +68,15 @@ class Router(nn.Module):
         if self.training and self.spec.noise:
             logits_SE = logits_SE + torch.randn_like(logits_SE) * (self.spec.noise / self.num_experts)
         prob_SE = logits_SE.softmax(-1)
-        expert_SK = _top_k(prob_SE.detach(), self.top_k)
+        expert_SK = self.choose(prob_SE.detach())
         weight_SK = prob_SE.gather(1, expert_SK)
         if self.spec.renormalize:
             weight_SK = weight_SK / weight_SK.sum(-1, keepdim=True)
         return Routing(expert_SK, weight_SK, self._stats(logits_SE, prob_SE, expert_SK, segments))
+
+    def choose(self, prob_SE: Tensor) -> Tensor:
+        """The chosen experts `[S, K]`: the most probable, best first. Benchmarks put another choice in its place."""
+        return _top_k(prob_SE, self.top_k)
 
     def _logits(self, x_ND: Tensor, task: int) -> Tensor:
         """fp32 logits `[N, E]` of one segment, whatever the model's precision."""
