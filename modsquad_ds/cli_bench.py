@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from modsquad_ds.errors import UserError
+
 bench = typer.Typer(
     no_args_is_help=True,
     help="What the parts cost: every figure beside its peers in one run, medians with range.",
@@ -18,6 +20,44 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows, 
 
 def _repeat(default: int) -> Any:
     return typer.Option("--repeat", min=1, help="Timed rounds.", show_default=str(default))
+
+
+Numbers = Annotated[str, typer.Option(help="Sizes, separated by commas.")]
+
+
+@bench.command()
+def layer(
+    width: Numbers = "384,768",
+    tokens: Numbers = "4096,16384",
+    repeat: Annotated[int, _repeat(5)] = 5,
+    json_file: Json = None,
+) -> None:
+    """One sparse MLP (16 experts, 4 chosen), forward and backward: dense MLP = 1.
+
+    Beside it DeepSpeed's own MoE layer, with and without dropping tokens, and a plain loop over experts, under three routings:
+    balanced, random, and specialised (three tasks with 70, 20 and 10 % of the tokens, each on four experts of its own).
+    """
+    from modsquad_ds.bench.layer import COLUMNS, bench_layer
+
+    _finish("layer", bench_layer(_numbers("width", width), _numbers("tokens", tokens), repeat), COLUMNS, json_file)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """`4096,16384` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--{option} {text!r}: expected whole numbers above 0, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _finish(name: str, rows: list[dict[str, Any]], columns: dict[str, str], json_file: Path | None) -> None:
+    """Print the table and what it depends on; write the rows where asked to."""
+    from modsquad_ds.bench.measure import print_environment, print_rows, write_rows
+
+    print_rows(f"bench {name}", rows, columns)
+    print_environment()
+    if json_file is not None:
+        write_rows(json_file, name, rows)
 
 
 @bench.command(hidden=True)

@@ -4,7 +4,7 @@ Axes: S tokens in the pack, K top-k, E experts, T tasks, G expert-parallel group
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -15,23 +15,33 @@ from modsquad_ds.model.router import Router, Routing
 from modsquad_ds.parallel.collectives import sum_over_ranks
 from modsquad_ds.parallel.ranks import Ranks
 
+Choice = Callable[[Router, Tensor], Tensor]
+"""(router, probabilities `[S, E]`) -> chosen experts `[S, K]`, int64."""
+
 
 @contextmanager
-def balanced(network: nn.Module) -> Iterator[None]:
-    """Inside the block every router of the network gives each expert as many tokens as any other, up to one.
+def steered(network: nn.Module, choice: Choice) -> Iterator[None]:
+    """Inside the block every router of the network chooses as told.
 
-    Token i takes the experts (i K + j) mod E; its gate weights are the router's probabilities of these experts, so weights and
-    gradients cost what they do with learned choices.
+    Gate weights are the router's probabilities of these experts, so weights and gradients cost what they do with learned choices.
     """
     routers = [module for module in network.modules() if isinstance(module, Router)]
     for router in routers:
         # On the instance, which goes before the class's method.
-        router.__dict__["choose"] = partial(balanced_choice, router.top_k)
+        router.__dict__["choose"] = partial(choice, router)
     try:
         yield
     finally:
         for router in routers:
             del router.__dict__["choose"]
+
+
+def balanced(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block every router of the network gives each expert as many tokens as any other, up to one.
+
+    Token i takes the experts (i K + j) mod E.
+    """
+    return steered(network, lambda router, prob_SE: balanced_choice(router.top_k, prob_SE))
 
 
 def balanced_choice(top_k: int, prob_SE: Tensor) -> Tensor:

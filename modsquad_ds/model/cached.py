@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modsquad_ds.model.dispatch import Groups
@@ -46,9 +45,12 @@ class _Rows(NamedTuple):
     index_R: Tensor | None
     gate_R: Tensor | None = None
 
-    def pick(self, x: Tensor, block: slice) -> Tensor:
-        """The rows of a block; a copy where there is an index."""
-        return x[block] if self.index_R is None else x.index_select(0, self.index_R[block])
+    def pick(self, x: Tensor, block: slice, scratch: Tensor) -> Tensor:
+        """The rows of a block; a copy, in `scratch`, where there is an index."""
+        if self.index_R is None:
+            return x[block]
+        index = self.index_R[block]
+        return torch.index_select(x, 0, index, out=scratch[: index.numel()])
 
     def put(self, total: Tensor, block: slice, rows: Tensor) -> None:
         """Add a block's rows to where they belong."""
@@ -86,6 +88,12 @@ def _blocks(rows: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
         for first in range(start, start + count, max(1, size)):
             yield expert, slice(first, min(first + size, start + count)), first == start
         start += count
+
+
+def _scratch(rows: Sequence[int], like: Tensor, *widths: int) -> list[Tensor]:
+    """Memory for one block per width, used again for every block: it stays in the cache, and is not fetched from the system."""
+    n = min(BLOCK, max(rows, default=0))
+    return [like.new_empty(n, width) for width in widths]
 
 
 def _totals(like: Tensor, rows: int, width: int, target: _Rows) -> Tensor:
@@ -141,8 +149,10 @@ class _Linear(torch.autograd.Function):
         source, target = _ends(groups, x.shape[0], gate_SK, x.dtype)
         size = sum(groups.rows) if gate_SK is None else gate_SK.shape[0]
         out = _totals(x, size, weight_EOI.shape[1], target)
+        scratch = _scratch(groups.rows, x, x.shape[1], weight_EOI.shape[1])
         for expert, block, _ in _blocks(groups.rows):
-            y = source.pick(x, block) @ weight_EOI[expert].t()
+            rows = source.pick(x, block, scratch[0])
+            y = torch.mm(rows, weight_EOI[expert].t(), out=scratch[1][: len(rows)])
             if bias_EO is not None:
                 y += bias_EO[expert]
             target.weigh(block, y)
@@ -162,9 +172,10 @@ class _Linear(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if want_weight else None
         grad_bias = torch.empty_like(bias) if want_bias else None
         grad_gate = torch.empty_like(target.gate_R) if want_gate and target.gate_R is not None else None
+        scratch = _scratch(groups.rows, x, x.shape[1], weight.shape[1], x.shape[1])
         for expert, block, first in _blocks(groups.rows):
-            rows, back = source.pick(x, block), target.pick(grad, block)
-            towards_x = back @ weight[expert]
+            rows, back = source.pick(x, block, scratch[0]), target.pick(grad, block, scratch[1])
+            towards_x = torch.mm(back, weight[expert], out=scratch[2][: len(rows)])
             if grad_gate is not None:
                 grad_gate[block] = torch.linalg.vecdot(towards_x, rows)
                 if bias is not None:
@@ -190,11 +201,14 @@ class _MLP(torch.autograd.Function):
         size = sum(groups.rows) if gate_SK is None else gate_SK.shape[0]
         out = _totals(x, size, w2.shape[1], target)
         hidden_RH = x.new_empty(sum(groups.rows), w1.shape[1]) if any(ctx.needs_input_grad) else None
+        scratch = _scratch(groups.rows, x, x.shape[1], w1.shape[1], w2.shape[1])
         for expert, block, _ in _blocks(groups.rows):
-            rows = source.pick(x, block)
-            hidden = rows @ w1[expert].t() if hidden_RH is None else torch.mm(rows, w1[expert].t(), out=hidden_RH[block])
-            y = F.gelu(hidden.add_(b1[expert])) @ w2[expert].t()
-            y += b2[expert]
+            n = block.stop - block.start
+            rows = source.pick(x, block, scratch[0])
+            hidden = scratch[1][:n] if hidden_RH is None else hidden_RH[block]
+            torch.mm(rows, w1[expert].t(), out=hidden).add_(b1[expert])
+            active = torch.ops.aten.gelu.out(hidden, out=scratch[1][:n])
+            y = torch.mm(active, w2[expert].t(), out=scratch[2][:n]).add_(b2[expert])
             target.weigh(block, y)
             target.put(out, block, y)
         ctx.save_for_backward(x, w1, b1, w2, b2, gate_SK, groups.order_R, groups.inverse_R, hidden_RH)
@@ -211,18 +225,21 @@ class _MLP(torch.autograd.Function):
         grad_x = _totals(x, x.shape[0], x.shape[1], source)
         of = [torch.empty_like(w) if want else None for w, want in zip((w1, b1, w2, b2), wanted[1:5], strict=True)]
         grad_gate = torch.empty_like(target.gate_R) if wanted[5] and target.gate_R is not None else None
+        scratch = _scratch(groups.rows, x, x.shape[1], w2.shape[1], w1.shape[1], w1.shape[1], x.shape[1])
         for expert, block, first in _blocks(groups.rows):
-            rows, back, hidden = source.pick(x, block), target.pick(grad, block), hidden_RH[block]
-            active, towards = F.gelu(hidden), back @ w2[expert]
+            n, hidden = block.stop - block.start, hidden_RH[block]
+            rows, back = source.pick(x, block, scratch[0]), target.pick(grad, block, scratch[1])
+            active = torch.ops.aten.gelu.out(hidden, out=scratch[2][:n])
+            towards = torch.mm(back, w2[expert], out=scratch[3][:n])
             if grad_gate is not None:
                 grad_gate[block] = torch.linalg.vecdot(towards, active) + back @ b2[expert]
             target.weigh(block, towards, back)
-            towards = torch.ops.aten.gelu_backward(towards, hidden)
             _add_product(of[2], expert, back, active, first)
             _add_sum(of[3], expert, back, first)
+            torch.ops.aten.gelu_backward.grad_input(towards, hidden, grad_input=towards)
             _add_product(of[0], expert, towards, rows, first)
             _add_sum(of[1], expert, towards, first)
-            source.put(grad_x, block, towards @ w1[expert])
+            source.put(grad_x, block, torch.mm(towards, w1[expert], out=scratch[4][:n]))
         _no_rows(groups.rows, *of)
         return grad_x.to(x.dtype) if wanted[0] else None, *of, _gate_gradient(grad_gate, groups, gate_SK), None
 
@@ -236,8 +253,9 @@ class _Combine(torch.autograd.Function):
         groups = Groups((rows_RD.shape[0],), order_R, inverse_R)
         _, target = _ends(groups, rows_RD.shape[0], gate_SK, rows_RD.dtype)
         out = _totals(rows_RD, gate_SK.shape[0], rows_RD.shape[1], target)
+        (scratch,) = _scratch(groups.rows, rows_RD, rows_RD.shape[1])
         for _, block, _ in _blocks(groups.rows):
-            rows = rows_RD[block].clone()
+            rows = scratch[: block.stop - block.start].copy_(rows_RD[block])
             target.weigh(block, rows)
             target.put(out, block, rows)
         ctx.save_for_backward(rows_RD, gate_SK, order_R, inverse_R)
@@ -250,8 +268,9 @@ class _Combine(torch.autograd.Function):
         groups = Groups((rows_RD.shape[0],), order_R, inverse_R)
         _, target = _ends(groups, rows_RD.shape[0], gate_SK, rows_RD.dtype)
         grad_rows, grad_gate = torch.empty_like(rows_RD), rows_RD.new_empty(rows_RD.shape[0])
+        (scratch,) = _scratch(groups.rows, rows_RD, rows_RD.shape[1])
         for _, block, _ in _blocks(groups.rows):
-            back = target.pick(grads[0], block)
+            back = target.pick(grads[0], block, scratch)
             grad_gate[block] = torch.linalg.vecdot(back, rows_RD[block])
             target.weigh(block, back)
             grad_rows[block] = back
