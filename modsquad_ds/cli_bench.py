@@ -42,6 +42,17 @@ def layer(
     _finish("layer", bench_layer(_numbers("width", width), _numbers("tokens", tokens), repeat), COLUMNS, json_file)
 
 
+@bench.command()
+def step(repeat: Annotated[int, _repeat(7)] = 7, json_file: Json = None) -> None:
+    """A training step of a sparse ViT-small with three tasks: packed, one pass per task, and a dense timm ViT.
+
+    At 1 rank, and at 2 ranks with the experts spread over both. Memory and FLOPs are those of a step at 1 rank.
+    """
+    from modsquad_ds.bench.step import COLUMNS, bench_step
+
+    _finish("step", bench_step(repeat), COLUMNS, json_file)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     """`4096,16384` as numbers."""
     parts = [part.strip() for part in text.split(",")]
@@ -72,4 +83,10 @@ def worker(name: str, arguments: Path, rows: Path) -> None:
 
 def _worker(name: str) -> Callable[..., list[dict[str, Any]] | None]:
     """What the ranks of a job run: arguments -> rows on the first rank, None on the others."""
-    raise KeyError(name)
+    from modsquad_ds.bench import step
+
+    workers: dict[str, Callable[..., list[dict[str, Any]] | None]] = {
+        "step": step.measure_step,
+        "step_alone": step.measure_alone,
+    }
+    return workers[name]

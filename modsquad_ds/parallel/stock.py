@@ -1,5 +1,7 @@
 """DeepSpeed's own sparse layer, with a routing of our choice: the peer of `model/sparse.py` in `bench layer`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
@@ -14,7 +16,9 @@ class SteeredGate(TopKGate):
     offset_SE: Tensor
     """Added to the logits; set before each forward pass."""
 
-    def forward(self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False):  # type: ignore[no-untyped-def]
+    def forward(
+        self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
+    ) -> Any:
         """What the parent does for k > 2, plus the offset."""
         logits_SE = F.linear(input.float(), self.wg.weight.float()) + self.offset_SE
         return topkgating(

@@ -1,0 +1,127 @@
+"""The training step that `bench step` and `bench comm` measure: a sparse ViT-small with three tasks, and its peers.
+
+Axes: B images, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from modsquad_ds.config import Recipe, recipe_from_tree
+from modsquad_ds.data.types import Batch, SubBatch
+from modsquad_ds.model.network import build_network
+from modsquad_ds.model.router import RoutingStats
+from modsquad_ds.model.sparse import SparseLayer
+from modsquad_ds.objective import Objective
+from modsquad_ds.parallel.engine import build_engine
+from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.train import Trainer, build_trainer, train_step
+
+PACKED, PER_TASK, DENSE = "packed", "one pass per task", "dense timm ViT"
+VARIANTS = (PACKED, PER_TASK, DENSE)
+Images = dict[str, tuple[int, int]]
+IMAGES: Images = {"classes": (8, 224), "boxes": (4, 256), "masks": (4, 192)}
+"""Task -> images of a step over all ranks, side in pixels. With patches of 16: 1568, 1024 and 576 tokens."""
+
+
+def step_recipe(ep_size: int, accumulation: int, layout: str = "alternate", images: Images = IMAGES) -> Recipe:
+    """ViT-small whose every token does the work of a dense ViT-small's: 4 of 16 experts of hidden width D, 6 of 12 heads.
+
+    `images` as in IMAGES.
+    """
+    heads = {
+        "classes": {"type": "linear"},
+        "boxes": {"type": "anchor_free", "strides": [8], "channels": 32, "convs": 1},
+        "masks": {"type": "fcn", "stride": 8, "channels": 32, "convs": 1, "dropout": 0.0, "aux_channels": 32},
+    }
+    kinds = {"classes": "classification", "boxes": "detection", "masks": "segmentation"}
+    tasks = {
+        name: {"kind": kinds[name], "data": name, "num_classes": 10, "batch_size": accumulation * count, "head": heads[name]}
+        for name, (count, _) in images.items()
+    }
+    tree = {
+        "name": "bench", "run": "unused", "deepspeed_config": "zero1",
+        "model": {
+            "size": "small", "layout": layout,
+            "mlp": {"num_experts": 16, "top_k": 4}, "attention": {"num_experts": 12, "top_k": 6},
+        },
+        "tasks": tasks,
+        "loss": {"mutual_information": 0.005},
+        "train": {"steps": 10**6, "accumulation": accumulation, "optimizer": {"lr": 1e-4, "clip": 1.0}},
+        "parallel": {"ep_size": ep_size},
+        "log": {"wandb": "disabled"},
+    }  # fmt: skip
+    return recipe_from_tree(tree, "bench")
+
+
+def step_batch(ranks: Ranks, images: Images = IMAGES) -> Batch:
+    """This rank's part of one batch of noise with labels: data that cost nothing to load."""
+    return {name: _sub_batch(name, count // ranks.world, side, ranks.rank) for name, (count, side) in images.items()}
+
+
+def _sub_batch(task: str, count: int, side: int, seed: int) -> SubBatch:
+    g = torch.Generator().manual_seed(seed)
+    targets: dict[str, Any]
+    if task == "classes":
+        targets = {"labels": torch.randint(10, (count,), generator=g)}
+    elif task == "boxes":
+        boxes = [torch.tensor([[8.0, 8.0, side / 2, side / 2], [side / 4, side / 3, side - 4.0, side - 4.0]])] * count
+        targets = {"boxes": boxes, "labels": [torch.tensor([1, 2])] * count, "ignore": [torch.zeros(0, 4)] * count}
+    else:
+        targets = {"labels": torch.randint(10, (count, side, side), generator=g)}
+    keys = tuple(f"{i}" for i in range(count))
+    return SubBatch(torch.randn(count, 3, side, side, generator=g), targets, keys, ({},) * count)
+
+
+class TimmBackbone(nn.Module):
+    """timm's dense ViT in the place of the sparse backbone; canvases of several sizes are several passes."""
+
+    def __init__(self, width: int, depth: int, heads: int, patch: int) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            img_size=224, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0, global_pool="",
+            class_token=False, dynamic_img_size=True, fc_norm=False,
+        )  # fmt: skip
+        self.patch = patch
+        self.blocks, self.patch_embed, self.pos_embed = self.vit.blocks, self.vit.patch_embed, self.vit.pos_embed
+
+    def sparse_layers(self) -> dict[str, SparseLayer]:
+        """None."""
+        return {}
+
+    def forward(self, images: dict[int, Tensor]) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
+        """As `SparseViT.forward`."""
+        return {task: self._map(images_BCHW) for task, images_BCHW in images.items()}, ()
+
+    def _map(self, images_BCHW: Tensor) -> Tensor:
+        tokens_BND = self.vit.forward_features(images_BCHW)
+        height, width = (side // self.patch for side in images_BCHW.shape[2:])
+        return tokens_BND.transpose(1, 2).unflatten(2, (height, width))
+
+
+def trainer_of(variant: str, ranks: Ranks, ep_size: int, images: Images = IMAGES) -> Trainer:
+    """A trainer at step 0. `one pass per task` is a micro-batch per task: the gradients of three passes, one update."""
+    if variant != DENSE:
+        return build_trainer(step_recipe(ep_size, len(images) if variant == PER_TASK else 1, images=images), ranks)
+    recipe = step_recipe(1, 1, layout="dense", images=images)
+    network, shape = build_network(recipe), recipe.model.shape
+    network.backbone = TimmBackbone(shape.width, shape.depth, shape.heads, shape.patch)  # type: ignore[assignment]
+    return Trainer(recipe, ranks, build_engine(network, recipe, ranks), Objective(recipe, ranks.world), {})
+
+
+def step_of(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+    """One training step on the same batch, whole or a task at a time as the recipe's micro-batches want it."""
+    micro_batches = [batch] if trainer.recipe.train.accumulation == 1 else [{name: sub} for name, sub in batch.items()]
+
+    def step() -> None:
+        train_step(trainer, _endless(micro_batches), 0)
+
+    return step
+
+
+def _endless(batches: list[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
