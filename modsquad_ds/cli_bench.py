@@ -53,6 +53,17 @@ def step(repeat: Annotated[int, _repeat(7)] = 7, json_file: Json = None) -> None
     _finish("step", bench_step(repeat), COLUMNS, json_file)
 
 
+@bench.command()
+def comm(ranks: Numbers = "2,4", json_file: Json = None) -> None:
+    """What a training step sends between ranks, counted: against the least possible and against padded dispatch.
+
+    The sparse ViT-small of `bench step`, its experts spread over all ranks.
+    """
+    from modsquad_ds.bench.comm import COLUMNS, NOTE, bench_comm
+
+    _finish("comm", bench_comm(_numbers("ranks", ranks)), COLUMNS, json_file, NOTE)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     """`4096,16384` as numbers."""
     parts = [part.strip() for part in text.split(",")]
@@ -61,11 +72,11 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _finish(name: str, rows: list[dict[str, Any]], columns: dict[str, str], json_file: Path | None) -> None:
+def _finish(name: str, rows: list[dict[str, Any]], columns: dict[str, str], json_file: Path | None, note: str = "") -> None:
     """Print the table and what it depends on; write the rows where asked to."""
     from modsquad_ds.bench.measure import print_environment, print_rows, write_rows
 
-    print_rows(f"bench {name}", rows, columns)
+    print_rows(f"bench {name}", rows, columns, note)
     print_environment()
     if json_file is not None:
         write_rows(json_file, name, rows)
@@ -83,10 +94,11 @@ def worker(name: str, arguments: Path, rows: Path) -> None:
 
 def _worker(name: str) -> Callable[..., list[dict[str, Any]] | None]:
     """What the ranks of a job run: arguments -> rows on the first rank, None on the others."""
-    from modsquad_ds.bench import step
+    from modsquad_ds.bench import comm, step
 
     workers: dict[str, Callable[..., list[dict[str, Any]] | None]] = {
         "step": step.measure_step,
         "step_alone": step.measure_alone,
+        "comm": comm.measure_comm,
     }
     return workers[name]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -124,14 +125,14 @@ def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, str], note
     Args:
         columns: key of the rows -> heading.
     """
-    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, caption=note, caption_justify="left")
     for key, heading in columns.items():
         numeric = any(isinstance(row.get(key), int | float) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(row, key) for key in columns))
     console = Console()
-    (console if console.width <= 100 else Console(width=100)).print(table)
+    (console if console.is_terminal and console.width <= 100 else Console(width=100)).print(table)
 
 
 def print_environment() -> None:
@@ -140,7 +141,7 @@ def print_environment() -> None:
     commit = f", commit {e['commit']}" if e["commit"] else ""
     print(
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads; torch {e['torch']}, deepspeed {e['deepspeed']}, "
-        f"modsquad_ds {e['modsquad_ds']}{commit}; median (min - max)",
+        f"modsquad_ds {e['modsquad_ds']}{commit}; median (min-max)",
         flush=True,
     )
 
@@ -150,7 +151,7 @@ def _cell(row: Row, key: str) -> str:
     if value is None:
         return "-"
     if f"{key}_min" in row:
-        return f"{_number(value)} ({_number(row[f'{key}_min'])} - {_number(row[f'{key}_max'])})"
+        return f"{_number(value)} ({_number(row[f'{key}_min'])}-{_number(row[f'{key}_max'])})"
     return _number(value) if isinstance(value, float) else str(value)
 
 

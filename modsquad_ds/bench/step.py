@@ -14,7 +14,7 @@ from modsquad_ds.parallel.collectives import barrier
 
 COLUMNS = {
     "ranks": "ranks", "ep_size": "EP", "case": "step", "seconds": "seconds", "ratio": "x packed",
-    "flops": "FLOPs, x dense", "peak_mib": "peak MiB above rest",
+    "flops": "FLOPs\n/ dense", "peak_mib": "peak MiB\nabove rest",
 }  # fmt: skip
 LIMIT = 1800.0
 """Seconds that a job may take."""

@@ -3,7 +3,7 @@
 Axes: B images, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,16 @@ IMAGES: Images = {"classes": (8, 224), "boxes": (4, 256), "masks": (4, 192)}
 """Task -> images of a step over all ranks, side in pixels. With patches of 16: 1568, 1024 and 576 tokens."""
 
 
-def step_recipe(ep_size: int, accumulation: int, layout: str = "alternate", images: Images = IMAGES) -> Recipe:
+def step_recipe(
+    accumulation: int, layout: str = "alternate", images: Images = IMAGES, parallel: Mapping[str, Any] | None = None
+) -> Recipe:
     """ViT-small whose every token does the work of a dense ViT-small's: 4 of 16 experts of hidden width D, 6 of 12 heads.
 
-    `images` as in IMAGES.
+    Args:
+        accumulation: micro-batches of a step.
+        layout: of the model.
+        images: as in IMAGES.
+        parallel: the recipe's section.
     """
     heads = {
         "classes": {"type": "linear"},
@@ -51,7 +57,7 @@ def step_recipe(ep_size: int, accumulation: int, layout: str = "alternate", imag
         "tasks": tasks,
         "loss": {"mutual_information": 0.005},
         "train": {"steps": 10**6, "accumulation": accumulation, "optimizer": {"lr": 1e-4, "clip": 1.0}},
-        "parallel": {"ep_size": ep_size},
+        "parallel": dict(parallel or {}),
         "log": {"wandb": "disabled"},
     }  # fmt: skip
     return recipe_from_tree(tree, "bench")
@@ -102,11 +108,18 @@ class TimmBackbone(nn.Module):
         return tokens_BND.transpose(1, 2).unflatten(2, (height, width))
 
 
-def trainer_of(variant: str, ranks: Ranks, ep_size: int, images: Images = IMAGES) -> Trainer:
-    """A trainer at step 0. `one pass per task` is a micro-batch per task: the gradients of three passes, one update."""
+def trainer_of(
+    variant: str, ranks: Ranks, ep_size: int, images: Images = IMAGES, parallel: Mapping[str, Any] | None = None
+) -> Trainer:
+    """A trainer at step 0. `one pass per task` is a micro-batch per task: the gradients of three passes, one update.
+
+    `parallel`: more keys of the recipe's section besides `ep_size`.
+    """
     if variant != DENSE:
-        return build_trainer(step_recipe(ep_size, len(images) if variant == PER_TASK else 1, images=images), ranks)
-    recipe = step_recipe(1, 1, layout="dense", images=images)
+        section = {"ep_size": ep_size, **(parallel or {})}
+        accumulation = len(images) if variant == PER_TASK else 1
+        return build_trainer(step_recipe(accumulation, images=images, parallel=section), ranks)
+    recipe = step_recipe(1, layout="dense", images=images)
     network, shape = build_network(recipe), recipe.model.shape
     network.backbone = TimmBackbone(shape.width, shape.depth, shape.heads, shape.patch)  # type: ignore[assignment]
     return Trainer(recipe, ranks, build_engine(network, recipe, ranks), Objective(recipe, ranks.world), {})
