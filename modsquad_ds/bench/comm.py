@@ -28,14 +28,13 @@ IMAGES: Images = {"classes": (8, 224), "boxes": (4, 160), "masks": (4, 112)}
 """Task -> images of a step, side in pixels: 1568, 400 and 196 tokens, about 70, 20 and 10 %."""
 CAPACITY = 1.25
 COLUMNS = {
-    "ranks": "ranks", "case": "dispatch", "routing": "routing", "layers": "layers", "row_calls": "a2a of\nrows",
-    "count_calls": "a2a of\ncounts", "stats_calls": "all-red.\nof stats", "mib": "MiB\nsent", "ratio": "/ least",
-    "padded": "padded\n/ least", "busiest": "max\n/ mean",
+    "ranks": "ranks", "case": "dispatch", "routing": "routing", "row_calls": "row\na2a", "count_calls": "count\na2a",
+    "stats_calls": "stats", "mib": "MiB\nsent", "ratio": "sent\n/ least", "padded": "padded\n/ least", "busiest": "max\n/ mean",
 }  # fmt: skip
 NOTE = (
-    "Per step and rank; MiB of the rank that sends most. least: bytes of the rows that must leave their rank, out and back, forward "
-    "and backward. padded: what DeepSpeed's dispatch without drops would send for this routing. max / mean: rows of a layer's "
-    "busiest rank. layers: sparse layers whose experts are spread over the ranks."
+    "Per step and rank; MiB of the rank that sends most. a2a: all-to-alls. stats: all-reduces besides DeepSpeed's. least: bytes of "
+    "the rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops would "
+    "send for this routing. max / mean: rows of a layer's busiest rank."
 )
 LIMIT = 1200.0
 
