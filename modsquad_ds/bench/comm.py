@@ -32,8 +32,8 @@ COLUMNS = {
     "stats_calls": "stats", "mib": "MiB\nsent", "ratio": "sent\n/ least", "padded": "padded\n/ least", "busiest": "max\n/ mean",
 }  # fmt: skip
 NOTE = (
-    "Per step and rank; MiB of the rank that sends most. a2a: all-to-alls. stats: all-reduces besides DeepSpeed's. least: bytes of "
-    "the rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops would "
+    "Per step and rank; MiB of the rank that sends most. a2a: all-to-alls. stats: all-reduces besides DeepSpeed's. least: bytes "
+    "of rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops would "
     "send for this routing. max / mean: rows of a layer's busiest rank."
 )
 LIMIT = 1200.0
