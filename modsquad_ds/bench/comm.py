@@ -13,7 +13,7 @@ from torch import Tensor
 from modsquad_ds.bench.jobs import run_job
 from modsquad_ds.bench.measure import Row
 from modsquad_ds.bench.routing import observed, steered
-from modsquad_ds.bench.workload import PACKED, PER_TASK, Images, step_batch, step_of, trainer_of
+from modsquad_ds.bench.workload import PACKED, PER_TASK, Workload, step_batch, step_of, trainer_of, workload
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
 from modsquad_ds.parallel import launch
@@ -24,8 +24,8 @@ from modsquad_ds.parallel.traffic import Traffic, counted
 from modsquad_ds.placement import balanced_order, expert_load
 from modsquad_ds.train import Trainer
 
-IMAGES: Images = {"classes": (8, 224), "boxes": (4, 160), "masks": (4, 112)}
-"""Task -> images of a step, side in pixels: 1568, 400 and 196 tokens, about 70, 20 and 10 %."""
+WORK = Workload({"classes": (8, 224), "boxes": (4, 160), "masks": (4, 112)})
+"""1568, 400 and 196 tokens: about 70, 20 and 10 %."""
 CAPACITY = 1.25
 COLUMNS = {
     "ranks": "ranks", "case": "dispatch", "routing": "routing", "row_calls": "row\na2a", "count_calls": "count\na2a",
@@ -33,8 +33,8 @@ COLUMNS = {
 }  # fmt: skip
 NOTE = (
     "Per step and rank; MiB of the rank that sends most. a2a: all-to-alls. stats: all-reduces besides DeepSpeed's. least: bytes "
-    "of rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops would "
-    "send for this routing. max / mean: rows of a layer's busiest rank."
+    "of rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops "
+    "would send for this routing. max / mean: rows of a layer's busiest rank."
 )
 LIMIT = 1200.0
 
@@ -60,26 +60,26 @@ CASES = (
 PLACED = CASES[-1]
 
 
-def bench_comm(world_sizes: Sequence[int], images: Images = IMAGES) -> list[Row]:
+def bench_comm(world_sizes: Sequence[int], work: Workload = WORK) -> list[Row]:
     """Rows of every case at each number of ranks, all of which share the experts."""
-    return [row for ranks in world_sizes for row in run_job("comm", {"images": images}, ranks, LIMIT)]
+    return [row for ranks in world_sizes for row in run_job("comm", work._asdict(), ranks, LIMIT)]
 
 
-def measure_comm(images: Images) -> list[Row] | None:
+def measure_comm(images: Any, size: str) -> list[Row] | None:
     """One rank of a job. Rows on the first rank."""
-    ranks = launch.start()
-    rows = [measure_case(case, ranks, images) for case in CASES]
+    ranks, work = launch.start(), workload(images, size)
+    rows = [measure_case(case, work, ranks) for case in CASES]
     launch.stop()
     return rows if ranks.first else None
 
 
-def measure_case(case: Case, ranks: Ranks, images: Images) -> Row:
+def measure_case(case: Case, work: Workload, ranks: Ranks) -> Row:
     """The second step of a case, counted."""
     changes = {"capacity_factor": case.capacity, "attention_ep_size": ranks.world if case.attention_ep else 1}
-    trainer = trainer_of(case.variant, ranks, ranks.world, images, changes)
+    trainer = trainer_of(case.variant, work, ranks, ranks.world, changes)
     layers = list(trainer.network.backbone.sparse_layers().values())
-    step = step_of(trainer, step_batch(ranks, images))
-    tokens = [count // ranks.world * (side // 16) ** 2 for count, side in images.values()]
+    step = step_of(trainer, step_batch(work, ranks))
+    tokens = [count // ranks.world for count in work.tokens.values()]
     with routed(case, trainer, tokens):
         step()
         with counted(timed=False) as traffic, observed([layer.router for layer in layers]) as counts:

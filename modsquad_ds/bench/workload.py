@@ -1,16 +1,16 @@
-"""The training step that `bench step` and `bench comm` measure: a sparse ViT-small with three tasks, and its peers.
+"""The training step that `bench step` and `bench comm` measure: a sparse ViT with three tasks, and its peers.
 
 Axes: B images, D width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from modsquad_ds.config import Recipe, recipe_from_tree
+from modsquad_ds.config import SIZES, Recipe, recipe_from_tree
 from modsquad_ds.data.types import Batch, SubBatch
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model.router import RoutingStats
@@ -22,20 +22,36 @@ from modsquad_ds.train import Trainer, build_trainer, train_step
 
 PACKED, PER_TASK, DENSE = "packed", "one pass per task", "dense timm ViT"
 VARIANTS = (PACKED, PER_TASK, DENSE)
-Images = dict[str, tuple[int, int]]
-IMAGES: Images = {"classes": (8, 224), "boxes": (4, 256), "masks": (4, 192)}
-"""Task -> images of a step over all ranks, side in pixels. With patches of 16: 1568, 1024 and 576 tokens."""
+PATCH = 16
+
+
+class Workload(NamedTuple):
+    """What a step consists of."""
+
+    images: dict[str, tuple[int, int]]
+    """Task (classes, boxes, masks) -> images of a step over all ranks, side in pixels."""
+    size: str = "small"
+    """Of the ViT, a name in config.SIZES with patches of PATCH."""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Of each task in a step, over all ranks."""
+        return {task: count * (side // PATCH) ** 2 for task, (count, side) in self.images.items()}
+
+
+def workload(images: Mapping[str, Sequence[int]], size: str) -> Workload:
+    """From JSON, which has no tuples."""
+    return Workload({task: (count, side) for task, (count, side) in images.items()}, size)
 
 
 def step_recipe(
-    accumulation: int, layout: str = "alternate", images: Images = IMAGES, parallel: Mapping[str, Any] | None = None
+    work: Workload, accumulation: int, layout: str = "alternate", parallel: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """ViT-small whose every token does the work of a dense ViT-small's: 4 of 16 experts of hidden width D, 6 of 12 heads.
+    """A ViT whose every token does the work of a dense one's: 4 of 16 experts of hidden width D, as many heads of twice as many.
 
     Args:
         accumulation: micro-batches of a step.
         layout: of the model.
-        images: as in IMAGES.
         parallel: the recipe's section.
     """
     heads = {
@@ -46,13 +62,15 @@ def step_recipe(
     kinds = {"classes": "classification", "boxes": "detection", "masks": "segmentation"}
     tasks = {
         name: {"kind": kinds[name], "data": name, "num_classes": 10, "batch_size": accumulation * count, "head": heads[name]}
-        for name, (count, _) in images.items()
+        for name, (count, _) in work.images.items()
     }
+    heads_of_dense = SIZES[work.size].heads
     tree = {
         "name": "bench", "run": "unused", "deepspeed_config": "zero1",
         "model": {
-            "size": "small", "layout": layout,
-            "mlp": {"num_experts": 16, "top_k": 4}, "attention": {"num_experts": 12, "top_k": 6},
+            "size": work.size, "layout": layout,
+            "mlp": {"num_experts": 16, "top_k": 4},
+            "attention": {"num_experts": 2 * heads_of_dense, "top_k": heads_of_dense},
         },
         "tasks": tasks,
         "loss": {"mutual_information": 0.005},
@@ -63,9 +81,9 @@ def step_recipe(
     return recipe_from_tree(tree, "bench")
 
 
-def step_batch(ranks: Ranks, images: Images = IMAGES) -> Batch:
+def step_batch(work: Workload, ranks: Ranks) -> Batch:
     """This rank's part of one batch of noise with labels: data that cost nothing to load."""
-    return {name: _sub_batch(name, count // ranks.world, side, ranks.rank) for name, (count, side) in images.items()}
+    return {name: _sub_batch(name, count // ranks.world, side, ranks.rank) for name, (count, side) in work.images.items()}
 
 
 def _sub_batch(task: str, count: int, side: int, seed: int) -> SubBatch:
@@ -109,7 +127,7 @@ class TimmBackbone(nn.Module):
 
 
 def trainer_of(
-    variant: str, ranks: Ranks, ep_size: int, images: Images = IMAGES, parallel: Mapping[str, Any] | None = None
+    variant: str, work: Workload, ranks: Ranks, ep_size: int, parallel: Mapping[str, Any] | None = None
 ) -> Trainer:
     """A trainer at step 0. `one pass per task` is a micro-batch per task: the gradients of three passes, one update.
 
@@ -117,9 +135,9 @@ def trainer_of(
     """
     if variant != DENSE:
         section = {"ep_size": ep_size, **(parallel or {})}
-        accumulation = len(images) if variant == PER_TASK else 1
-        return build_trainer(step_recipe(accumulation, images=images, parallel=section), ranks)
-    recipe = step_recipe(1, layout="dense", images=images)
+        accumulation = len(work.images) if variant == PER_TASK else 1
+        return build_trainer(step_recipe(work, accumulation, parallel=section), ranks)
+    recipe = step_recipe(work, 1, layout="dense")
     network, shape = build_network(recipe), recipe.model.shape
     network.backbone = TimmBackbone(shape.width, shape.depth, shape.heads, shape.patch)  # type: ignore[assignment]
     return Trainer(recipe, ranks, build_engine(network, recipe, ranks), Objective(recipe, ranks.world), {})

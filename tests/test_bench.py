@@ -1,0 +1,221 @@
+"""The benchmarks' own arithmetic, and what they claim of the program: bytes, collectives, FLOPs, equal work."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from modsquad_ds.bench import comm, step
+from modsquad_ds.bench.jobs import JobError, run_job
+from modsquad_ds.bench.layer import DENSE, EXPERTS, SHARES, TOP_K, choices, layer_cases, sparse_layer, task_segments
+from modsquad_ds.bench.measure import environment, interleave, ratio, spread, timing_rows, write_rows
+from modsquad_ds.bench.routing import steered
+from modsquad_ds.bench.workload import DENSE as TIMM
+from modsquad_ds.bench.workload import PACKED, PER_TASK, VARIANTS, Workload
+from modsquad_ds.parallel import launch
+from modsquad_ds.parallel.stock import StockLayer
+
+ROOT = Path(__file__).parents[1]
+SMALL = Workload({"classes": (8, 32), "boxes": (4, 48), "masks": (4, 32)}, "tiny")._asdict()
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_spread_and_ratio_by_hand() -> None:
+    assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    seconds = {"a": [2.0, 6.0, 3.0], "b": [1.0, 2.0, 2.0]}
+    assert ratio(seconds, "a", "b") == (2.0, 1.5, 3.0), "of each round, not of the medians"
+    rows = timing_rows(seconds, "b", width=4)
+    assert rows[0] == {
+        "case": "a", "width": 4, "seconds": 3.0, "seconds_min": 2.0, "seconds_max": 6.0,
+        "peer": "b", "ratio": 2.0, "ratio_min": 1.5, "ratio_max": 3.0,
+    }  # fmt: skip
+
+
+def test_cases_take_turns_and_warm_up_is_dropped() -> None:
+    order: list[str] = []
+    seconds = interleave(
+        {"slow": lambda: (order.append("slow"), time.sleep(0.02)), "quick": lambda: order.append("quick")},
+        repeat=3, warmup=1, show=False,
+    )  # fmt: skip
+    assert order == ["slow", "quick", "quick", "slow", "slow", "quick", "quick", "slow"]
+    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert min(seconds["slow"]) >= 0.02 > max(seconds["quick"])
+
+
+def test_written_rows_say_where_they_come_from(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.json", "layer", [{"case": "a", "seconds": 1.0}])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["bench"] == "layer" and row["case"] == "a"
+    assert row["torch"] == torch.__version__ and row["threads"] == torch.get_num_threads() and row["device"]
+    assert set(environment()) >= {"modsquad_ds", "commit", "torch", "deepspeed", "python", "device", "cores", "threads"}
+
+
+@pytest.mark.dist
+def test_a_job_that_fails_tells_its_last_lines_and_one_that_hangs_ends() -> None:
+    with pytest.raises(JobError, match=r"(?s)bench nothing on 1 rank\(s\) ended with exit code.*KeyError"):
+        run_job("nothing", {}, 1, 60)
+    began = time.monotonic()
+    with pytest.raises(JobError, match="took longer than 1 s"):
+        run_job("step_alone", {"variant": PACKED, **SMALL}, 1, 1.0)
+    assert time.monotonic() - began < 20
+
+
+def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modsquad_ds", "bench", "layer", "--width", "wide"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.strip() == "error: --width 'wide': expected whole numbers above 0, separated by commas"
+
+
+# ---------------------------------------------------------------- layer
+
+
+@pytest.fixture
+def one_process() -> object:
+    launch.start()
+    yield None
+    launch.stop()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_all_layers_do_the_same_work() -> None:
+    """The peers are the layer: from the same weights, the same outputs, for each routing. What is compared, is comparable."""
+    width, tokens = 8, 30
+    torch.manual_seed(0)
+    layer, stock = sparse_layer(width), StockLayer(width, width, EXPERTS, TOP_K, None)
+    for parameter in (*layer.parameters(), *stock.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_SD = torch.randn(tokens, width)
+    ex = layer.experts
+    for number, expert in enumerate(stock.moe.deepspeed_moe.experts.deepspeed_experts):
+        expert[0].weight.data, expert[0].bias.data = ex.fc1_weight.data[number], ex.fc1_bias.data[number]
+        expert[2].weight.data, expert[2].bias.data = ex.fc2_weight.data[number], ex.fc2_bias.data[number]
+    for name, expert_SK in choices(layer, x_SD, task_segments(tokens)).items():
+        stock.steer(expert_SK)
+        found = stock(x_SD).detach()
+        # Stock renormalises the gate weights of the chosen.
+        logits = F.linear(x_SD, stock.gate.wg.weight)
+        weight_SK = logits.gather(1, expert_SK).softmax(-1)
+        assert_close(found, _through(ex, x_SD, expert_SK, weight_SK), atol=1e-4, rtol=1e-4, msg=name)
+        with steered(layer, lambda router, prob_SE, chosen=expert_SK: chosen):
+            y_SD, stats = layer(x_SD, task_segments(tokens))
+        gate_SK = torch.cat([
+            F.linear(x_SD[i : i + 1], layer.router.weight[_task(i, tokens)]).softmax(-1).gather(1, expert_SK[i : i + 1])
+            for i in range(tokens)
+        ])  # fmt: skip
+        assert_close(y_SD.detach(), _through(ex, x_SD, expert_SK, gate_SK.detach()), atol=1e-4, rtol=1e-4, msg=name)
+        assert stats.count_TE.sum() == tokens * TOP_K
+
+
+def _task(token: int, tokens: int) -> int:
+    bounds = [s.length for s in task_segments(tokens)]
+    return 0 if token < bounds[0] else 1 if token < bounds[0] + bounds[1] else 2
+
+
+def _through(experts: torch.nn.Module, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Tensor:
+    out = torch.zeros_like(x_SD)
+    for s, k in ((s, k) for s in range(len(x_SD)) for k in range(expert_SK.shape[1])):
+        w1, b1, w2, b2 = (getattr(experts, n).detach()[expert_SK[s, k]]
+                          for n in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"))  # fmt: skip
+        out[s] += weight_SK[s, k] * (w2 @ F.gelu(w1 @ x_SD[s] + b1) + b2)
+    return out
+
+
+def test_routings_by_hand() -> None:
+    segments = task_segments(100)
+    assert [s.length for s in segments] == [70, 20, 10] == [round(100 * share) for share in SHARES]
+    found = choices(sparse_layer(8), torch.randn(100, 8), segments)
+    assert torch.bincount(found["balanced"].flatten()).tolist() == [25] * EXPERTS
+    assert torch.bincount(found["specialised"].flatten(), minlength=EXPERTS).tolist() == [70] * 4 + [20] * 4 + [10] * 4 + [0] * 4
+    assert all(len(set(row)) == TOP_K for expert_SK in found.values() for row in expert_SK.tolist())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_every_layer_runs_under_every_routing() -> None:
+    cases = layer_cases(8, 40)
+    seconds = interleave(cases, repeat=1, warmup=0, show=False)
+    assert len(cases) == 1 + 3 * 4 and next(iter(cases)) == DENSE
+    assert all(values[0] > 0 for values in seconds.values())
+
+
+# ---------------------------------------------------------------- step
+
+
+@pytest.mark.dist
+def test_a_step_of_every_variant() -> None:
+    rows = run_job("step", {"repeat": 1, "ep_size": 2, "variants": VARIANTS, **SMALL}, 2, 240)
+    assert [row["case"] for row in rows] == list(VARIANTS) and {row["ranks"] for row in rows} == {2}
+    assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"])
+    assert rows[0]["tokens"] == 8 * 4 + 4 * 9 + 4 * 4
+
+
+def test_equal_active_flops_and_the_peak_of_a_step() -> None:
+    """The sparse step does the dense one's work, within a tenth (one key-value head for all queries saves some)."""
+    work = Workload({"classes": (2, 224)}, "tiny")._asdict()
+    rows = {v: run_job("step_alone", {"variant": v, **work}, 1, 240)[0] for v in (PACKED, TIMM)}
+    assert 0.85 < rows[PACKED]["flops"] / rows[TIMM]["flops"] < 1.05
+    # 2 x 196 tokens, 12 blocks: 12 D^2 multiply-adds of weights and 2 N D of attention a token, three passes.
+    by_hand = 3 * 2 * 392 * 12 * (12 * 192**2 + 2 * 196 * 192)
+    assert rows[TIMM]["flops"] == pytest.approx(by_hand, rel=0.02)
+    assert all(row["peak_mib"] > 1 and row["rest_mib"] > 100 for row in rows.values())
+
+
+def test_peak_is_of_memory_held_since_the_last_look() -> None:
+    rest = step.reset_peak()
+    held = torch.ones(16 * 2**20)
+    del held
+    assert step.read_peak() - rest > 50
+    assert step.read_peak() - step.reset_peak() > 30, "and is forgotten then"
+    assert step.read_peak() - rest < 30
+
+
+# ---------------------------------------------------------------- comm
+
+
+def test_least_bytes_by_hand() -> None:
+    """Two ranks, two experts, width 3: rank 0 sends 1 row away and gets 4, so in fp32, out and back, both passes: 5 rows."""
+    counts_NPE = torch.tensor([[[2.0, 1], [4, 3]]])
+    assert comm.least_bytes(counts_NPE, 3).tolist() == [2 * 4 * 3 * 5, 2 * 4 * 3 * 5]
+    assert comm.padded_bytes(counts_NPE, 3) == 2 * 4 * 3 * 2 * (2 * 1 / 2) * 4, "every expert's part as long as the longest, 4"
+    assert comm.busiest(counts_NPE) == pytest.approx(6 / 5)
+
+
+def test_placed_experts_even_the_ranks_by_hand() -> None:
+    """Three tasks with 70, 20, 10 tokens on 4 experts each: on 2 ranks 90:10 as numbered, 50:50 when placed."""
+    class Router16:
+        top_k, num_experts = 4, 16
+
+    for placed, expected in ((False, [360, 40]), (True, [200, 200])):
+        chosen = comm.specialised(Router16(), [70, 20, 10], 2, placed)(Router16(), torch.zeros(1))  # type: ignore[arg-type]
+        assert torch.bincount(chosen.flatten(), minlength=16).view(2, 8).sum(1).tolist() == expected
+        assert all(len(set(row)) == 4 for row in chosen.tolist())
+
+
+@pytest.mark.dist
+def test_no_byte_and_no_collective_too_many() -> None:
+    """Of each sparse layer and pass: rows out and back in both directions, counts once; statistics once a pass."""
+    work = Workload({"classes": (8, 64), "boxes": (4, 32), "masks": (4, 32)}, "tiny")
+    rows = {(row["case"], row["routing"]): row for row in comm.bench_comm([2], work)}
+    packed = rows["packed", "random"]
+    assert packed["layers"] == 6 and packed["ratio"] == 1.0 and packed["mib"] == packed["least_mib"]
+    assert (packed["row_calls"], packed["count_calls"], packed["stats_calls"]) == (6 * 4, 6, 1)
+    tasks = rows[PER_TASK, "random"]
+    assert (tasks["row_calls"], tasks["count_calls"], tasks["stats_calls"]) == (3 * 6 * 4, 3 * 6, 3)
+    spread_too = rows["attention spread too", "random"]
+    assert (spread_too["row_calls"], spread_too["count_calls"], spread_too["ratio"]) == (6 * 4 + 6 * 8, 12, 1.0)
+    capacity = rows["capacity 1.25", "random"]
+    assert (capacity["row_calls"], capacity["count_calls"]) == (6 * 4, 0)
+    specialised, placed = rows["packed", "specialised"], rows["experts placed", "specialised"]
+    assert specialised["ratio"] == placed["ratio"] == 1.0
+    assert specialised["padded"] > 2 and specialised["busiest"] > 1.6 and placed["busiest"] < 1.1
