@@ -20,6 +20,28 @@ def _repeat(default: int) -> Any:
     return typer.Option("--repeat", min=1, help="Timed rounds.", show_default=str(default))
 
 
+@bench.command()
+def loader(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe whose own shards are read; none: photographs.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Fewest images of a round.")] = 64,
+    repeat: int = _repeat(9),
+    output: Json = None,
+) -> None:
+    """Images per second of the training pipeline per process, beside bare decoding of the same files on one core.
+
+    [dim]python -m modsquad_ds bench loader
+    python -m modsquad_ds bench loader heterogeneous data_root=/shards[/dim]
+    """
+    from modsquad_ds.bench.loader import measure_loader, print_loader
+    from modsquad_ds.bench.measure import write_rows
+
+    rows = measure_loader(recipe, overrides or (), images, repeat)
+    print_loader(rows)
+    if output is not None:
+        write_rows(output, "loader", rows)
+
+
 @bench.command(hidden=True)
 def worker(name: str, arguments: Path, rows: Path) -> None:
     """One rank of a benchmark's job; the parent process gives the arguments and reads the first rank's rows."""
