@@ -47,7 +47,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every case, `repeat` times; the cases take turns, in another order each round. `warmup` rounds are dropped.
 
-    A call counts until the device has done it; where it returns `Seconds`, those count instead. `show` draws a progress bar on a terminal.
+    A call counts until the device has done it; where it returns `Seconds`, those count. `show` draws a progress bar on a
+    terminal.
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
