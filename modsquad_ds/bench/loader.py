@@ -105,19 +105,28 @@ def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row
 
 def cases_of(plan: LoaderPlan, images: int) -> Iterator[Case]:
     """The cases of a plan, each with enough micro-steps for `images` images or more."""
+    first: Case | None = None
     for name, spec in plan.tasks.items():
         kept = spec.transform.model_copy(update={key: PLAIN[key] for key in PLAIN if hasattr(spec.transform, key)})
         plain = spec.model_copy(update={"transform": kept})
-        versions = {f"{name}, plain": plain, name: spec} if plain != spec else {name: spec}
-        for title, version in versions.items():
+        for title, version in {f"{name}, plain": plain, name: spec}.items() if plain != spec else [(name, spec)]:
             alone = replace(plan, tasks={name: version})
-            yield Case(title, alone, range(-(-images // alone.rank_images(name))), beyond_decoding(version))
-    steps = -(-images // max(plan.rank_images(name) for name in plan.tasks))
+            case = Case(title, alone, range(-(-images // alone.rank_images(name))), beyond_decoding(version))
+            first = first or case
+            yield case
+    assert first is not None
+    yield _in_worker(first)
     if len(plan.tasks) > 1:
-        yield Case("all tasks", plan, range(steps), "all of the above, in one batch")
-    # A new worker's first batch includes its start, so it is left out.
-    later = range(1, 1 + max(steps, WORKER_STEPS))
-    yield Case("all tasks, worker", plan, later, "the same, and the way from a worker process to this one", workers=1)
+        steps = -(-images // max(plan.rank_images(name) for name in plan.tasks))
+        together = Case("all tasks", plan, range(steps), "all of the above, in one batch")
+        yield together
+        yield _in_worker(together)
+
+
+def _in_worker(case: Case) -> Case:
+    """The same through one worker process. Its first batch includes its start, so it is left out."""
+    later = range(1, 1 + max(len(case.steps), WORKER_STEPS))
+    return replace(case, name=f"{case.name}, worker", steps=later, beyond="the same, and the way to this process", workers=1)
 
 
 def beyond_decoding(spec: TaskSpec) -> str:
