@@ -25,7 +25,7 @@ def loader(
     recipe: Annotated[str | None, typer.Argument(help="Recipe whose own shards are read; none: photographs.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
     images: Annotated[int, typer.Option(min=1, help="Fewest images of a round.")] = 64,
-    repeat: int = _repeat(9),
+    repeat: Annotated[int, _repeat(9)] = 9,
     output: Json = None,
 ) -> None:
     """Images per second of the training pipeline per process, beside bare decoding of the same files on one core.

@@ -21,6 +21,7 @@ from memory import (
     plan,
     tasks,
 )
+from modsquad_ds.data import loader
 from modsquad_ds.data.loader import StepDataset, _Parcel, eval_batches, train_loader
 from modsquad_ds.data.types import Batch, RawSample
 from modsquad_ds.errors import UserError
@@ -72,6 +73,15 @@ def test_resume_continues_the_same_batches() -> None:
         through = list(train_loader(plan(**changes), 0, 7, workers=0))
         later = list(train_loader(plan(**changes), 4, 7, workers=0))
         assert_equal(later, through[4 * plan(**changes).accumulation :])
+
+
+def test_every_pixel_of_a_batch_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [global_batch(step) for step in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_batch_memory", lambda images, canvas: torch.full((images, 3, *canvas), torch.nan))
+        assert_equal([global_batch(step) for step in range(4)], expected)
+    monkeypatch.setattr(loader, "_HUGE", 0)
+    assert_equal([global_batch(step) for step in range(4)], expected)
 
 
 def test_seed_and_epoch_change_the_batch() -> None:

@@ -30,8 +30,6 @@ _BOX_FIELDS = ("image_id", "height", "width", "boxes", "labels", "iscrowd", "are
 
 # Since 0.29 torchvision announces, once per process, that image decoding will move to another package one day.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
-# Decoders only read the bytes; a copy that may be written to would cost a twentieth of the decoding.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 class DetectionLabel(NamedTuple):
@@ -91,7 +89,8 @@ def decode_mask(data: bytes) -> Tensor:
 def _as_tensor(data: bytes) -> Tensor:
     if not data:
         raise RuntimeError("empty file")
-    return torch.frombuffer(data, dtype=torch.uint8)
+    # bytearray: torch warns about memory that it may not write to.
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def decode_sample(raw: RawSample, kind: str, num_classes: int) -> Decoded:

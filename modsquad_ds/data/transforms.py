@@ -350,8 +350,11 @@ def _padded(samples: Sequence[Ready], images: Tensor | None) -> Tensor:
     """Images `[B, 3, H, W]`, the smaller ones padded with 0, the mean colour. `images` holds them already, if given."""
     if images is not None:
         return images
-    size = [max(sample.image.shape[axis] for sample in samples) for axis in (-2, -1)]
-    return torch.stack([_pad(sample.image, size, 0.0) for sample in samples])
+    height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (-2, -1))
+    images = torch.zeros(len(samples), 3, height, width)
+    for image, sample in zip(images, samples, strict=True):
+        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
+    return images
 
 
 # ---------------------------------------------------------------- the table
