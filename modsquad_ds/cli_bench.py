@@ -64,6 +64,28 @@ def comm(ranks: Numbers = "2,4", json_file: Json = None) -> None:
     _finish("comm", bench_comm(_numbers("ranks", ranks)), COLUMNS, json_file, NOTE)
 
 
+@bench.command()
+def loader(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe whose own shards are read; none: photographs.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Fewest images of a round.")] = 64,
+    repeat: Annotated[int, _repeat(9)] = 9,
+    output: Json = None,
+) -> None:
+    """Images per second of the training pipeline per process, beside bare decoding of the same files on one core.
+
+    [dim]python -m modsquad_ds bench loader
+    python -m modsquad_ds bench loader heterogeneous data_root=/shards[/dim]
+    """
+    from modsquad_ds.bench.loader import measure_loader, print_loader
+    from modsquad_ds.bench.measure import write_rows
+
+    rows = measure_loader(recipe, overrides or (), images, repeat)
+    print_loader(rows)
+    if output is not None:
+        write_rows(output, "loader", rows)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     """`4096,16384` as numbers."""
     parts = [part.strip() for part in text.split(",")]

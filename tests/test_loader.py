@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ from memory import (
     plan,
     tasks,
 )
+from modsquad_ds.data import loader
+from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.loader import StepDataset, _Parcel, eval_batches, train_loader
+from modsquad_ds.data.transforms import TRANSFORMS, seeded
 from modsquad_ds.data.types import Batch, RawSample
 from modsquad_ds.errors import UserError
 
@@ -72,6 +76,29 @@ def test_resume_continues_the_same_batches() -> None:
         through = list(train_loader(plan(**changes), 0, 7, workers=0))
         later = list(train_loader(plan(**changes), 4, 7, workers=0))
         assert_equal(later, through[4 * plan(**changes).accumulation :])
+
+
+def test_every_pixel_of_a_batch_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [global_batch(step) for step in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_batch_memory", lambda images, canvas: torch.full((images, 3, *canvas), torch.nan))
+        assert_equal([global_batch(step) for step in range(4)], expected)
+    monkeypatch.setattr(loader, "_HUGE", 0)
+    assert_equal([global_batch(step) for step in range(4)], expected)
+
+
+@pytest.mark.parametrize("name", KIND_OF)
+def test_an_image_is_the_same_in_a_batch_and_alone(name: str) -> None:
+    spec, store = tasks()[name], MemoryStore(Path("memory") / name / "train")
+    rows = TRANSFORMS[spec.kind]
+    canvas = rows.canvas(spec.transform, 0, name, 0)
+    for seed in range(12):
+        sample, out = decode_sample(store.read(0, seed % 4), spec.kind, 3), torch.full((3, *canvas), torch.nan)
+        with seeded(seed):
+            alone = rows.train(sample, spec.transform, plan().pixels, canvas)
+        with seeded(seed):
+            placed = rows.train(sample, spec.transform, plan().pixels, canvas, out)
+        assert torch.equal(out, alone.image) and torch.equal(placed.image, out)
 
 
 def test_seed_and_epoch_change_the_batch() -> None:

@@ -25,7 +25,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, np.ndarray]:
-    return quickstart._load_pictures()
+    return quickstart.load_pictures()
 
 
 def scenes(built: Path, split: str) -> dict[str, Any]:

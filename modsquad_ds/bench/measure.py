@@ -26,6 +26,10 @@ from modsquad_ds.files import write_json
 Row = dict[str, Any]
 
 
+class Seconds(float):
+    """What a case returns that times itself: only a part of the call counts."""
+
+
 class Spread(NamedTuple):
     """Several measurements of one thing."""
 
@@ -44,7 +48,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every case, `repeat` times; the cases take turns, in another order each round. `warmup` rounds are dropped.
 
-    A call counts until the device has done it. `show` draws a progress bar on a terminal.
+    A call counts until the device has done it; where it returns `Seconds`, those count. `show` draws a progress bar on a
+    terminal.
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -53,10 +58,10 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             wait_for_device()
             began = time.perf_counter()
-            cases[name]()
+            told = cases[name]()
             wait_for_device()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(float(told) if isinstance(told, Seconds) else time.perf_counter() - began)
     return seconds
 
 

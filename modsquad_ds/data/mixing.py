@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
 from modsquad_ds.data.transforms import seeded
@@ -33,17 +34,18 @@ def _mixers(mixing: Mixing) -> list[v2.Transform]:
     return mixers
 
 
-def mix_pairs(batch: SubBatch, mixing: Mixing, pair_seeds: Sequence[int]) -> SubBatch:
+def mix_pairs(batch: SubBatch, mixing: Mixing, pair_seeds: Sequence[int], out: Tensor | None = None) -> SubBatch:
     """Mix images 2i and 2i+1 with each other by `pair_seeds[i]`; targets become `probabilities` float32 `[B, classes]`.
 
     With Mixup and CutMix both on, each pair draws one of the two. The batch is even (checked before training).
+    Mixed images are written to `out`, which may be the batch's own; to fresh memory if None.
     """
-    mixers, images, rows = _mixers(mixing), [], []
+    mixers, rows = _mixers(mixing), []
+    images = torch.empty_like(batch.images_BCHW) if out is None else out
     for index, seed in enumerate(pair_seeds):
         pair = slice(2 * index, 2 * index + 2)
         with seeded(seed):
             mixer = mixers[int(torch.randint(len(mixers), ()))]
-            image, row = mixer(batch.images_BCHW[pair], batch.targets["labels"][pair])
-        images.append(image)
+            images[pair], row = mixer(batch.images_BCHW[pair], batch.targets["labels"][pair])
         rows.append(row)
-    return batch._replace(images_BCHW=torch.cat(images), targets={"probabilities": torch.cat(rows)})
+    return batch._replace(images_BCHW=images, targets={"probabilities": torch.cat(rows)})

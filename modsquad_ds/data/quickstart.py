@@ -73,7 +73,7 @@ def build(out: Path, seed: int = 0) -> None:
     if _is_complete(out, wanted):
         return
     with staged_folder(out) as stage:
-        pictures = _load_pictures()
+        pictures = load_pictures()
         digits = split_digits(*_load_digits(), seed)
         _write_digits(stage / "sources" / "digits", digits)
         _write_scenes(stage / "sources" / "scenes", digits, pictures, seed)
@@ -112,7 +112,7 @@ def _load_digits() -> tuple[Pixels, NDArray[np.int64]]:
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 
-def _load_pictures() -> dict[str, Pixels]:
+def load_pictures() -> dict[str, Pixels]:
     """The photos and textures, RGB `[height, width, 3]`, by the names of PHOTOS and TEXTURES."""
     with _needs_package("scikit-learn"):
         from sklearn.datasets import load_sample_image

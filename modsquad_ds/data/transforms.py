@@ -8,7 +8,7 @@ so a sample's augmentation depends on its place in the stream and on no worker, 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from modsquad_ds.data.decode import IGNORE_INDEX, Decoded, DetectionLabel
 from modsquad_ds.data.order import derive_seed
+from modsquad_ds.data.photometric import PhotometricDistort
 from modsquad_ds.data.types import SubBatch
 from modsquad_ds.tasks import (
     CLASSIFICATION,
@@ -59,11 +60,14 @@ class Ready(NamedTuple):
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's CPU generator starts from `seed`; afterwards it is where it was.
 
-    `torch.manual_seed` would also reseed the accelerators' generators, which fork_rng(devices=[]) does not bring back.
+    `torch.manual_seed` would also reseed the accelerators' generators.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def eval_resize(spec: ClassificationTransform) -> int:
@@ -82,10 +86,24 @@ def _mean_and_std(pixels: Pixels) -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels.mean)[:, None, None], torch.tensor(pixels.std)[:, None, None]
 
 
-def _normalize(image: Tensor, pixels: Pixels) -> Tensor:
-    """uint8 image `[3, h, w]` -> normalised float32. On small images v2's own spends most of its time on checks."""
+def _normalize(image: Tensor, pixels: Pixels, out: Tensor | None = None) -> Tensor:
+    """uint8 image `[3, h, w]` -> normalised float32, written to `out` if that is given.
+
+    In place from the first copy on: fresh memory costs more than the arithmetic. v2's own spends most of its time on checks.
+    """
     mean, std = _mean_and_std(pixels)
-    return (image - mean) / std
+    filled = image.to(torch.float32, memory_format=torch.contiguous_format) if out is None else out.copy_(image)
+    return filled.sub_(mean).div_(std)
+
+
+def _canvas_of(size: Sequence[int], out: Tensor | None) -> Tensor:
+    """`out`, or fresh memory for an image of `size`."""
+    return torch.empty(3, *size) if out is None else out
+
+
+def _contiguous(image: Tensor) -> Tensor:
+    """A window of an image in memory of its own, in the order of axes that the decoder gave it: resizing is fastest then."""
+    return image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if image.stride(0) == 1 else image.contiguous()
 
 
 def _fits(image: Tensor, canvas: Size) -> float:
@@ -117,30 +135,43 @@ def _original(image: Tensor) -> dict[str, Any]:
 # ---------------------------------------------------------------- classification
 
 
+class _Augmentation(NamedTuple):
+    """The random parts of classification's training."""
+
+    crop: v2.RandomResizedCrop
+    color: v2.RandAugment | None
+    erasing: v2.RandomErasing | None
+
+
 @functools.lru_cache
-def _classification_pipelines(spec: ClassificationTransform, pixels: Pixels) -> tuple[v2.Compose, v2.Compose]:
-    """(before, after) normalisation of training."""
-    size, bicubic = (spec.image_size, spec.image_size), InterpolationMode.BICUBIC
-    before: list[v2.Transform] = [
-        v2.RandomResizedCrop(size, spec.scale, spec.ratio, interpolation=bicubic, antialias=True),
-        v2.RandomHorizontalFlip(spec.flip),
-    ]
+def _augmentation(spec: ClassificationTransform, pixels: Pixels) -> _Augmentation:
+    crop = v2.RandomResizedCrop(spec.image_size, spec.scale, spec.ratio)
+    color = erasing = None
     if spec.rand_augment_ops:
-        fill = [round(value) for value in pixels.mean]
-        before.append(
-            v2.RandAugment(
-                spec.rand_augment_ops, spec.rand_augment_magnitude, interpolation=InterpolationMode.BILINEAR, fill=fill
-            )
-        )
-    # Area, ratio and noise of the field's ImageNet recipes (timm's and mmpretrain's "rand" mode).
-    erasing = v2.RandomErasing(spec.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
-    return v2.Compose(before), v2.Compose([erasing])
+        fill, bilinear = [round(value) for value in pixels.mean], InterpolationMode.BILINEAR
+        color = v2.RandAugment(spec.rand_augment_ops, spec.rand_augment_magnitude, interpolation=bilinear, fill=fill)
+    if spec.erasing:
+        # Area, ratio and noise of the field's ImageNet recipes (timm's and mmpretrain's "rand" mode).
+        erasing = v2.RandomErasing(spec.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random", inplace=True)
+    return _Augmentation(crop, color, erasing)
 
 
-def classification_train(sample: Decoded, spec: ClassificationTransform, pixels: Pixels, canvas: Size) -> Ready:
+def classification_train(
+    sample: Decoded, spec: ClassificationTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None
+) -> Ready:
     """RandomResizedCrop, flip, RandAugment, normalise, RandomErasing. Target: `label` int."""
-    before, after = _classification_pipelines(spec, pixels)
-    return Ready(after(_normalize(before(sample.image), pixels)), {"label": sample.label}, {})
+    crop, color, erasing = _augmentation(spec, pixels)
+    place = crop.make_params([sample.image])
+    top, left, height, width = (place[name] for name in ("top", "left", "height", "width"))
+    # torch resizes an image a third faster than a window of one.
+    window = _contiguous(sample.image[:, top : top + height, left : left + width])
+    image = F.resize(window, list(canvas), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    if torch.rand(()) < spec.flip:
+        image = image.flip(-1)
+    if color is not None:
+        image = color(image.contiguous())
+    image = _normalize(image, pixels, _canvas_of(canvas, out))
+    return Ready(image if erasing is None else erasing(image), {"label": sample.label}, {})
 
 
 def classification_eval(sample: Decoded, spec: ClassificationTransform, pixels: Pixels) -> Ready:
@@ -152,16 +183,34 @@ def classification_eval(sample: Decoded, spec: ClassificationTransform, pixels: 
     return Ready(_normalize(image, pixels), {"label": sample.label}, _original(sample.image))
 
 
-def collate_classification(samples: Sequence[Ready], keys: Sequence[str]) -> SubBatch:
+def collate_classification(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
     """Targets: `labels` int64 `[B]`."""
     labels = torch.tensor([sample.target["label"] for sample in samples], dtype=torch.int64)
-    return SubBatch(_stack(samples), {"labels": labels}, tuple(keys), tuple(sample.meta for sample in samples))
+    return SubBatch(_padded(samples, images), {"labels": labels}, tuple(keys), tuple(sample.meta for sample in samples))
 
 
 # ---------------------------------------------------------------- detection
 
 
-def _place(sample: Decoded, size: Sequence[int], window: Sequence[int], flip: bool, pixels: Pixels) -> Ready:
+Window = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
+
+
+def _look(image: Tensor, window: Window, pixels: Pixels, out: Tensor) -> Tensor:
+    """What the window shows of a uint8 image, normalised, 0 beyond the image; fills `out` `[3, height, width]`."""
+    top, left, height, width = window
+    rows = slice(max(-top, 0), min(image.shape[-2] - top, height))
+    columns = slice(max(-left, 0), min(image.shape[-1] - left, width))
+    out[:, : rows.start] = 0
+    out[:, rows.stop :] = 0
+    out[:, rows, : columns.start] = 0
+    out[:, rows, columns.stop :] = 0
+    seen = image[:, rows.start + top : rows.stop + top, columns.start + left : columns.stop + left]
+    _normalize(seen, pixels, out[:, rows, columns])
+    return out
+
+
+def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, pixels: Pixels, out: Tensor | None) -> Ready:
     """Resize to `size`, flip, and look through `window` (top, left, height, width), which may lie beyond the image.
 
     Boxes are clipped first to the image and then to the window; those left with less than 1 px of a side are dropped.
@@ -175,7 +224,7 @@ def _place(sample: Decoded, size: Sequence[int], window: Sequence[int], flip: bo
     boxes = F.resize(boxes, list(size))
     if flip:
         image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
-    image = F.crop(_normalize(image, pixels), *window)
+    image = _look(image, window, pixels, _canvas_of(window[2:], out))
     corners = F.crop(F.clamp_bounding_boxes(boxes), *window).as_subclass(Tensor)
     kept = (corners[:, 2:] - corners[:, :2] >= 1).all(1)
     objects = len(label.boxes)
@@ -187,7 +236,7 @@ def _place(sample: Decoded, size: Sequence[int], window: Sequence[int], flip: bo
     return Ready(image, target, {})
 
 
-def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, canvas: Size) -> Ready:
+def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None) -> Ready:
     """Random scale of the largest that fits the canvas, random place on it, flip.
 
     Above scale 1 the canvas shows a random part of the image. Targets: `boxes` `[n, 4]`, `labels` `[n]`, `ignore`
@@ -199,7 +248,7 @@ def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, c
         offset = _at_most(abs(room - side))
         corner.append(offset if side > room else -offset)
     flip = bool(torch.rand(()) < spec.flip)
-    return _place(sample, size, (corner[0], corner[1], *canvas), flip, pixels)
+    return _place(sample, size, (corner[0], corner[1], *canvas), flip, pixels, out)
 
 
 def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) -> Ready:
@@ -207,32 +256,22 @@ def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) ->
     upright = sample.image.shape[-2] > sample.image.shape[-1]
     canvas = sorted(spec.eval_canvas, reverse=upright)
     size = _scaled(sample.image, _fits(sample.image, (canvas[0], canvas[1])))
-    ready = _place(sample, size, (0, 0, *canvas), False, pixels)
+    ready = _place(sample, size, (0, 0, canvas[0], canvas[1]), False, pixels, None)
     assert isinstance(sample.label, DetectionLabel)
     meta = {"content": (size[0], size[1]), "canvas": (canvas[0], canvas[1]), "annotations": sample.label.annotations}
     return ready._replace(meta=_original(sample.image) | meta)
 
 
-def collate_detection(samples: Sequence[Ready], keys: Sequence[str]) -> SubBatch:
+def collate_detection(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
     """Pads to the largest of the batch. Targets: lists of B tensors `boxes`, `labels`, `ignore`."""
     targets = {name: [sample.target[name] for sample in samples] for name in ("boxes", "labels", "ignore")}
-    return SubBatch(_padded(samples), targets, tuple(keys), tuple(sample.meta for sample in samples))
+    return SubBatch(_padded(samples, images), targets, tuple(keys), tuple(sample.meta for sample in samples))
 
 
 # ---------------------------------------------------------------- segmentation
 
 
-class _PhotometricDistort(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation, hue, each with probability 1/2, as mmsegmentation's PhotoMetricDistortion.
-
-    torchvision's own also swaps the colour channels, as SSD did for boxes; no segmentation recipe does.
-    """
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
-
-
-_PHOTOMETRIC = _PhotometricDistort()
+_PHOTOMETRIC = PhotometricDistort()
 
 
 def _fit_scale(image: Tensor, spec: SegmentationTransform) -> float:
@@ -272,7 +311,9 @@ def _pad(image: Tensor, size: Sequence[int], fill: float) -> Tensor:
     return torch.nn.functional.pad(image, (0, right, 0, bottom), value=fill)
 
 
-def segmentation_train(sample: Decoded, spec: SegmentationTransform, pixels: Pixels, canvas: Size) -> Ready:
+def segmentation_train(
+    sample: Decoded, spec: SegmentationTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None
+) -> Ready:
     """Random scale, random crop, flip, photometric distortion, normalise, pad. Target: `labels` uint8 `[H, W]`."""
     assert isinstance(sample.label, Tensor)
     scale = _fit_scale(sample.image, spec) * _uniform(spec.ratio)
@@ -282,8 +323,10 @@ def segmentation_train(sample: Decoded, spec: SegmentationTransform, pixels: Pix
     if torch.rand(()) < spec.flip:
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
     if spec.photometric:
-        image = _PHOTOMETRIC(image)
-    return Ready(_pad(_normalize(image, pixels), spec.crop, 0.0), {"labels": _pad(mask, spec.crop, IGNORE_INDEX)}, {})
+        # One channel after the other in memory: torch's kernels are several times faster then.
+        image = _PHOTOMETRIC(image.contiguous())
+    image = _look(image, (0, 0, *spec.crop), pixels, _canvas_of(spec.crop, out))
+    return Ready(image, {"labels": _pad(mask, spec.crop, IGNORE_INDEX)}, {})
 
 
 def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixels) -> Ready:
@@ -296,34 +339,47 @@ def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixe
     return Ready(_pad(_normalize(image, pixels), size, 0.0), {"labels": _pad(mask, size, IGNORE_INDEX)}, meta)
 
 
-def collate_segmentation(samples: Sequence[Ready], keys: Sequence[str]) -> SubBatch:
+def collate_segmentation(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
     """Pads to the largest of the batch. Targets: `labels` int64 `[B, H, W]`."""
-    images = _padded(samples)
+    images = _padded(samples, images)
     labels = torch.stack([_pad(sample.target["labels"], images.shape[-2:], IGNORE_INDEX) for sample in samples])
     return SubBatch(images, {"labels": labels.long()}, tuple(keys), tuple(sample.meta for sample in samples))
 
 
-def _padded(samples: Sequence[Ready]) -> Tensor:
-    """Images `[B, 3, H, W]`, the smaller ones padded with 0, the mean colour."""
-    size = [max(sample.image.shape[axis] for sample in samples) for axis in (-2, -1)]
-    return torch.stack([_pad(sample.image, size, 0.0) for sample in samples])
-
-
-def _stack(samples: Sequence[Ready]) -> Tensor:
-    return torch.stack([sample.image for sample in samples])
+def _padded(samples: Sequence[Ready], images: Tensor | None) -> Tensor:
+    """Images `[B, 3, H, W]`, the smaller ones padded with 0, the mean colour. `images` holds them already, if given."""
+    if images is not None:
+        return images
+    height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (-2, -1))
+    images = torch.zeros(len(samples), 3, height, width)
+    for image, sample in zip(images, samples, strict=True):
+        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
+    return images
 
 
 # ---------------------------------------------------------------- the table
 
 
+class TrainTransform(Protocol):
+    """Augmentation of one sample."""
+
+    def __call__(self, sample: Decoded, spec: Any, pixels: Pixels, canvas: Size, out: Tensor | None = None) -> Ready:
+        """`spec`: transform section of the recipe. `canvas`: the step's. The image goes to `out` `[3, *canvas]` if given."""
+
+
+class Collate(Protocol):
+    """Ready samples -> batch."""
+
+    def __call__(self, samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
+        """`images` `[B, 3, H, W]`: where the samples' images lie already, else they are copied together."""
+
+
 class KindTransforms(NamedTuple):
     """What a kind of task does to its samples."""
 
-    train: Callable[[Decoded, Any, Pixels, Size], Ready]
-    """(sample, transform section of the recipe, pixels, the step's canvas) -> ready sample."""
+    train: TrainTransform
     evaluate: Callable[[Decoded, Any, Pixels], Ready]
-    collate: Callable[[Sequence[Ready], Sequence[str]], SubBatch]
-    """(ready samples, their keys) -> batch."""
+    collate: Collate
     canvas: Callable[[Any, int, str, int], Size]
     """(transform section, seed, task, step) -> (height, width) of the training images of a step."""
 
