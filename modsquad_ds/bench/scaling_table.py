@@ -52,10 +52,12 @@ def run(
     except KeyboardInterrupt:
         tell(f"interrupted; rows so far: {out}")
         raise
-    print_table(sweep, rows)
-    print(f"{out}/scaling.json, .csv, .png")
     if json_file is not None:
         write_rows(json_file, "scaling", rows, surroundings={})
+    if all(row["error"] for row in rows):
+        raise UserError(f"bench scaling: no size could be measured, see above; the first: {rows[0]['error']}")
+    print_table(sweep, rows)
+    print(f"{out}/scaling.json, .csv, .png")
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
@@ -75,19 +77,18 @@ def newest_checkpoint(run: Path) -> str:
 
 
 def print_table(sweep: Sweep, rows: Sequence[Row]) -> None:
-    """Measured sizes as two tables, failed ones as a line each."""
+    """Measured sizes as two tables, failed ones as a line each. One must have been measured."""
     measured = [row for row in rows if not row["error"]]
-    if measured:
-        ep = "growing" if sweep.growing else "fixed"
-        named = [{key: row[key] for key in (*RATES, *SHARES) if key in row} | {"size": _named(row)} for row in measured]
-        print_rows(f"{sweep.recipe.name}: the training step over sizes, EP {ep}", named, RATES, RATES_NOTE)
-        percent = [row | {key: f"{100 * row[key]:.1f}%" for key in SHARES if key not in SIZE} for row in named]
-        print_rows("Shares of a step's time", percent, SHARES, SHARES_NOTE)
-        first = measured[0]
-        print(
-            f"{first['device']}, {first['cores']} cores, {first['threads']} thread(s) a rank; torch {first['torch']}, "
-            f"deepspeed {first['deepspeed']}, commit {first['commit']}; medians of {first['steps']} steps, ranges in the files"
-        )
+    ep = "growing" if sweep.growing else "fixed"
+    named = [{key: row[key] for key in (*RATES, *SHARES) if key in row} | {"size": _named(row)} for row in measured]
+    print_rows(f"{sweep.recipe.name}: the training step over sizes, EP {ep}", named, RATES, RATES_NOTE)
+    percent = [row | {key: f"{100 * row[key]:.1f}%" for key in SHARES if key not in SIZE} for row in named]
+    print_rows("Shares of a step's time", percent, SHARES, SHARES_NOTE)
+    first = measured[0]
+    print(
+        f"{first['device']}, {first['cores']} cores, {first['threads']} thread(s) a rank; torch {first['torch']}, "
+        f"deepspeed {first['deepspeed']}, commit {first['commit']}; medians of {first['steps']} steps, ranges in the files"
+    )
     for row in rows:
         if row["error"]:
             print(f"{row['mode']}, {row['ranks']} rank(s): {row['error']}")
