@@ -11,8 +11,12 @@ from layouts import made
 from modsquad_ds.bench import scaling, scaling_table, slurm
 from modsquad_ds.bench.jobs import JobError
 from modsquad_ds.bench.routing import Load
-from modsquad_ds.bench.scaling_step import rows_of
+from modsquad_ds.bench.scaling_step import like_steps, rows_of
+from modsquad_ds.data.order import TaskSchedule
+from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.errors import UserError
+from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.plan import loader_plan
 from small import small_recipe, small_tree
 
 
@@ -58,6 +62,22 @@ def test_smallest_size_is_one_job_for_both_modes(tmp_path: Path) -> None:
         (1, ("weak", "strong"), False), (2, ("weak",), False), (2, ("strong",), False),
         (3, ("weak",), False), (3, ("strong",), True),
     ]  # fmt: skip
+
+
+def test_steps_of_a_round_have_the_same_tasks_and_canvases() -> None:
+    weights = {"tasks.digits.sampling_weight": 3.0, "tasks.scenes.transform.canvases": [[32, 48], [48, 32]]}
+    plan = loader_plan(small_recipe(**weights, **{"train.sampling": "weighted"}), Ranks())
+    steps = like_steps(plan, rounds=100, cases=4)
+    assert len(set(steps)) == len(steps) == 400
+    schedule = TaskSchedule("weighted", plan.seed, {name: spec.sampling_weight for name, spec in plan.tasks.items()})
+    active = [schedule.active(step) for step in steps]
+    assert all(len(set(active[i : i + 4])) == 1 for i in range(0, 400, 4))
+    # As often as the recipe draws them: 3 of 5.
+    assert 0.5 < [tuple(tasks) for tasks in active].count(("digits",)) / 400 < 0.7
+    canvas = TRANSFORMS["detection"].canvas
+    spec = plan.tasks["scenes"].transform
+    rounds = [{canvas(spec, plan.seed, "scenes", step) for step in steps[i : i + 4]} for i in range(0, 400, 4)]
+    assert {len(found) for place, found in enumerate(rounds) if tuple(active[4 * place]) == ("scenes",)} == {1}
 
 
 # ---------------------------------------------------------------- rows

@@ -1,21 +1,27 @@
 """One size of the scaling benchmark, on every rank of it: training steps with learned and balanced routing in turns.
 
 Started by scaling.py through a launcher. Of each routing, every second step is only timed and every second one has its
-collectives counted, which on GPUs makes it slower; rates come from the former, shares of time from the latter. The learning
-rate is as good as 0, so that all steps route alike.
+collectives counted, which on GPUs makes it slower; rates come from the former, shares of time from the latter. The steps of a
+round have the same tasks and canvases, each its own images; the learning rate is as good as 0, so that all steps route alike.
 """
 
+import itertools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from modsquad_ds.bench.measure import Row, environment, peak_memory, spread, spread_fields, wait_for_device
 from modsquad_ds.bench.routing import Load, balanced, load_of_ranks, observed
 from modsquad_ds.config import Recipe, recipe_from_tree
-from modsquad_ds.data.loader import TRAIN, check_data, train_loader
+from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
+from modsquad_ds.data.order import TaskSchedule
+from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.data.types import Batch
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel import launch
@@ -26,6 +32,7 @@ from modsquad_ds.plan import loader_plan
 from modsquad_ds.train import Trainer, build_trainer, resume, train_step
 
 ROUTINGS = ("learned", "balanced")
+CASES = tuple(f"{routing} {how}" for routing in ROUTINGS for how in ("timed", "counted"))
 WARMUP = 2
 """Rounds that are dropped; a round is a timed and a counted step of each routing."""
 LEARNING_RATE = 1e-20
@@ -46,7 +53,7 @@ def measure(tree: dict[str, Any], ranks: int, steps: int, trained: str | None) -
     """
     tree["train"]["optimizer"]["lr"] = LEARNING_RATE
     rounds = WARMUP + steps
-    needed = rounds * 2 * len(ROUTINGS)
+    needed = rounds * len(CASES)
     tree["train"]["steps"] = max(needed, tree["train"]["steps"])
     recipe = recipe_from_tree(tree, "of the benchmark")
     here = launch.start(recipe.parallel.timeout_minutes)
@@ -57,7 +64,8 @@ def measure(tree: dict[str, Any], ranks: int, steps: int, trained: str | None) -
     trainer = build_trainer(recipe, here)
     if trained:
         resume(trainer)
-    batches = iter(train_loader(plan, 0, needed, recipe.train.workers))
+    data = ChosenSteps(plan, like_steps(plan, rounds, len(CASES)))
+    batches = iter(BatchLoader(data, range(needed * plan.accumulation), recipe.train.workers))
     measured, loads = _rounds(trainer, batches, rounds)
     peak = peak_memory()
     everyone = gather_json([measured, peak])
@@ -78,17 +86,59 @@ def sizes_of(recipe: Recipe, ranks: int, steps: int) -> Row:
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- data
+
+
+def like_steps(plan: LoaderPlan, rounds: int, cases: int) -> list[int]:
+    """Optimizer steps of the recipe, each `cases` of them with the same tasks and canvases, in the order in which they fill up.
+
+    So cases do the same work, and rounds differ as the recipe's steps do.
+    """
+    schedule = TaskSchedule(plan.sampling, plan.seed, {name: spec.sampling_weight for name, spec in plan.tasks.items()})
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    chosen: list[int] = []
+    for step in itertools.count():
+        kind = tuple((name, _canvas(plan, name, step)) for name in schedule.active(step))
+        alike[kind].append(step)
+        if len(alike[kind]) == cases:
+            chosen += alike.pop(kind)
+        if len(chosen) == rounds * cases:
+            return chosen
+    raise AssertionError("an endless count ended")
+
+
+def _canvas(plan: LoaderPlan, name: str, step: int) -> Any:
+    spec = plan.tasks[name]
+    return TRANSFORMS[spec.kind].canvas(spec.transform, plan.seed, name, step)
+
+
+class ChosenSteps(Dataset[Batch]):
+    """Micro-step -> this rank's batch, with other optimizer steps in place of 0, 1, 2, ..."""
+
+    def __init__(self, plan: LoaderPlan, steps: Sequence[int]) -> None:
+        self._all, self._steps, self._accumulation = StepDataset(plan), steps, plan.accumulation
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        """UserError as in StepDataset."""
+        place, micro = divmod(micro_step, self._accumulation)
+        return self._all[self._steps[place] * self._accumulation + micro]
+
+
+# ---------------------------------------------------------------- steps
+
+
 def _rounds(
     trainer: Trainer, batches: Iterator[Batch], rounds: int
 ) -> tuple[dict[str, list[Step]], dict[str, Load | None]]:
-    """Steps of this rank by `<routing> timed` and `<routing> counted`, warm-up dropped, and how rows lay on ranks."""
+    """Steps of this rank by case, warm-up dropped, and how rows lay on ranks by routing. Cases take turns in going first."""
     layers = list(trainer.network.backbone.sparse_layers().values())
     ep_sizes = [ep_size_of(layer, trainer.recipe.parallel) for layer in layers]
-    measured: dict[str, list[Step]] = {f"{routing} {how}": [] for routing in ROUTINGS for how in ("timed", "counted")}
+    measured: dict[str, list[Step]] = {case: [] for case in CASES}
     counts: dict[str, list[list[Any]]] = {routing: [[] for _ in layers] for routing in ROUTINGS}
     index = 0
     for turn in range(rounds):
-        for case in measured:
+        first = turn % len(CASES)
+        for case in CASES[first:] + CASES[:first]:
             routing, how = case.split()
             with ExitStack() as stack:
                 if routing == "balanced":
