@@ -1,4 +1,4 @@
-"""slurm/train.sbatch run as the first node's shell would, with stand-ins for Slurm's programs."""
+"""slurm/*.sbatch run as the first node's shell would, with stand-ins for Slurm's programs."""
 
 import shutil
 import signal
@@ -28,7 +28,7 @@ exit "${CODE:-0}"
 class Job:
     """A submit folder with the project's slurm files and an environment, and the variables of a job on two nodes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: str = "train.sbatch") -> None:
         self.folder, self.calls = folder / "a clone", folder / "calls"
         shutil.copytree(ROOT / "slurm", self.folder / "slurm")
         self.programs = folder / "programs"
@@ -38,7 +38,7 @@ class Job:
         self.program(self.programs / "getent", '#!/bin/bash\nexit "${UNKNOWN:-0}"\n')
         self.program(self.folder / ".venv/bin/python", "#!/bin/bash\n")
         # Slurm runs a copy of the script from its spool folder.
-        self.script = shutil.copy(ROOT / "slurm/train.sbatch", folder / "slurm_script")
+        self.script = shutil.copy(ROOT / "slurm" / script, folder / "slurm_script")
 
     @staticmethod
     def program(path: Path, text: str) -> None:
@@ -139,7 +139,35 @@ def test_mistake_is_named_before_anything_starts(
     assert not job.calls.exists()
 
 
-def test_only_the_cluster_file_asks_for_resources() -> None:
-    header = [line for line in (ROOT / "slurm/train.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
-    asked = {line.split("--")[1].split("=")[0] for line in header}
-    assert asked == {"job-name", "output", "open-mode", "requeue", "signal"}
+def test_sizes_of_a_benchmark_run_one_after_the_other_whatever_becomes_of_one(tmp_path: Path) -> None:
+    job = Job(tmp_path, "bench.sbatch")
+    sizes = [tmp_path / f"{name}.arguments.json" for name in ("a", "measured before", "c")]
+    (tmp_path / "measured before.rows.json").touch()
+    code, output = job.run("scaling", *map(str, sizes), CODE="3")
+    assert code == 3, output
+    assert f"scaling on 2 node(s), 16 rank(s), node7:23457, {tmp_path}/c" in output
+    calls = job.calls.read_text().splitlines()
+    assert [line.split()[1] for line in calls if line.startswith("node7")] == ["23456", "23457"]
+    program = "srun --kill-on-bad-exit=1 python -m modsquad_ds bench worker scaling"
+    assert [line for line in calls if line.startswith("srun")] == [
+        f"{program} {tmp_path}/{name}.arguments.json {tmp_path}/{name}.rows.json" for name in ("a", "c")
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == ["a.log", "c.log"]
+
+
+def test_benchmark_without_sizes_is_a_mistake(tmp_path: Path) -> None:
+    assert Job(tmp_path, "bench.sbatch").run("scaling") == (
+        2, "bench.sbatch: which sizes? sbatch slurm/bench.sbatch BENCHMARK FILE.arguments.json ...\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "may"),
+    [
+        ("train.sbatch", {"job-name", "output", "open-mode", "requeue", "signal"}),
+        ("bench.sbatch", {"job-name", "open-mode", "requeue"}),
+    ],
+)
+def test_only_the_cluster_file_asks_for_resources(script: str, may: set[str]) -> None:
+    header = [line for line in (ROOT / "slurm" / script).read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {line.split("--")[1].split("=")[0] for line in header} == may
