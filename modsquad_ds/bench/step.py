@@ -14,23 +14,30 @@ from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier
 
 COLUMNS = {
-    "ranks": "ranks", "ep_size": "EP", "case": "step", "seconds": "seconds", "ratio": "x packed",
+    "tokens": "tokens", "ranks": "ranks", "ep_size": "EP", "case": "step", "seconds": "seconds", "ratio": "x packed",
     "flops": "FLOPs\n/ dense", "peak_mib": "peak MiB\nabove rest",
 }  # fmt: skip
-WORK = Workload({"classes": (8, 224), "boxes": (4, 256), "masks": (4, 192)})
-"""1568, 1024 and 576 tokens."""
+WORKS = (
+    Workload({"classes": (8, 112), "boxes": (4, 128), "masks": (4, 96)}),
+    Workload({"classes": (8, 224), "boxes": (4, 256), "masks": (4, 192)}),
+)
+"""A step of few tokens (392, 256 and 144), where all that does not grow with them counts, and one of four times as many."""
 LIMIT = 1800.0
 """Seconds that a job may take."""
 
 
 def bench_step(repeat: int) -> list[Row]:
-    """Rows of every variant at 1 rank and at 2 ranks with EP=2; memory and FLOPs from jobs of their own at 1 rank."""
-    rows, work = [], WORK._asdict()
+    """Rows of WORKS and every variant at 1 rank and at 2 ranks with EP=2; memory and FLOPs from jobs of their own at 1 rank."""
+    return [row for work in WORKS for row in _rows_of(work, repeat)]
+
+
+def _rows_of(work: Workload, repeat: int) -> list[Row]:
+    rows, given = [], work._asdict()
     for ranks in (1, 2):
-        rows += run_job("step", {"repeat": repeat, "ep_size": ranks, "variants": VARIANTS, **work}, ranks, LIMIT)
+        rows += run_job("step", {"repeat": repeat, "ep_size": ranks, "variants": VARIANTS, **given}, ranks, LIMIT)
     alone = {}
     for variant in VARIANTS:
-        (alone[variant],) = run_job("step_alone", {"variant": variant, **work}, 1, LIMIT)
+        (alone[variant],) = run_job("step_alone", {"variant": variant, **given}, 1, LIMIT)
     for row in rows[: len(VARIANTS)]:
         row["peak_mib"] = alone[row["case"]]["peak_mib"]
         row["flops"] = alone[row["case"]]["flops"] / alone[DENSE]["flops"]
