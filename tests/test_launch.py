@@ -135,6 +135,7 @@ EXPERTS, WIDTH, HIDDEN = 4, 6, 5
 SCENARIOS: dict[str, list[list[list[int]]]] = {
     "even": [[[0, 2], [3, 1]], [[1, 0], [2, 3]]],
     "ranks of unequal size": [[[0, 2], [3, 1], [2, 0], [1, 3], [0, 1]], [[2, 1]]],
+    "one token here, forty there": [[[1, 3]], [[0, 2], [2, 3], [3, 1], [2, 1]] * 10],
     "both send all rows away": [[[2, 3], [3, 2], [2, 3]], [[0, 1], [1, 0]]],
     "all rows on one rank": [[[2, 3], [3, 2]], [[3, 2], [2, 3], [2, 3]]],
     "all rows on one expert": [[[3], [3], [3]], [[3]]],

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from modsquad_ds.model import cached, laid_out, products
 from modsquad_ds.model.dispatch import Groups, sort_by_expert
+from modsquad_ds.model.pack import Segment
 from test_sparse import SEGMENTS, TOKENS, TWINS, WIDTH, compare, make
 
 WAYS = (cached, laid_out)
@@ -175,3 +176,19 @@ def test_whole_layers_in_cudas_way(kind: str, dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(products, "way_for", lambda x: laid_out)
     compare(make(kind, 5, 2).to(dtype), TWINS[kind], dtype, 1e-5 if dtype == torch.float32 else 2e-2)
     assert sum(s.length for s in SEGMENTS) == TOKENS and WIDTH == 8
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+@pytest.mark.parametrize("left", [SEGMENTS[:1], SEGMENTS[1:2], SEGMENTS[1:]], ids=["one task", "one token", "one absent"])
+def test_parts_of_a_pack_route_alone_as_in_it(kind: str, left: tuple[Segment, ...]) -> None:
+    """Tasks absent from a step, a single image, a single token: the others' outputs and statistics are what they were."""
+    layer = make(kind, 5, 2)
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(4))
+    whole, stats = layer(x, SEGMENTS)
+    rows = torch.cat([torch.full((s.length,), s in left) for s in SEGMENTS])
+    part, of_part = layer(x[rows], left)
+    assert_close(part, whole[rows], atol=1e-6, rtol=1e-5)
+    for task in range(3):
+        here = any(s.task == task for s in left)
+        assert torch.equal(of_part.count_TE[task], stats.count_TE[task] * here)
+        assert of_part.token_T[task] == stats.token_T[task] * here
