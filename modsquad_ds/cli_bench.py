@@ -12,7 +12,7 @@ from modsquad_ds.errors import UserError
 bench = typer.Typer(
     no_args_is_help=True,
     help="What the parts cost: every figure beside its peers in one run, medians with range.",
-    epilog="OMP_NUM_THREADS sets the threads of a rank (1 where it is not set and several ranks run).",
+    epilog="OMP_NUM_THREADS sets the threads of a rank; step, comm and scaling take 1 where it is not set, loader always.",
 )
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows, with versions, device and commit, to this file.")]
@@ -39,6 +39,7 @@ def layer(
     """
     from modsquad_ds.bench.layer import COLUMNS, bench_layer
 
+    _check_json(json_file)
     _finish("layer", bench_layer(_numbers("width", width), _numbers("tokens", tokens), repeat), COLUMNS, json_file)
 
 
@@ -50,6 +51,7 @@ def step(repeat: Annotated[int, _repeat(7)] = 7, json_file: Json = None) -> None
     """
     from modsquad_ds.bench.step import COLUMNS, bench_step
 
+    _check_json(json_file)
     _finish("step", bench_step(repeat), COLUMNS, json_file)
 
 
@@ -61,6 +63,7 @@ def comm(ranks: Numbers = "2,4", json_file: Json = None) -> None:
     """
     from modsquad_ds.bench.comm import COLUMNS, NOTE, bench_comm
 
+    _check_json(json_file)
     _finish("comm", bench_comm(_numbers("ranks", ranks)), COLUMNS, json_file, NOTE)
 
 
@@ -80,6 +83,7 @@ def loader(
     from modsquad_ds.bench.loader import measure_loader, print_loader
     from modsquad_ds.bench.measure import write_rows
 
+    _check_json(output)
     rows = measure_loader(recipe, overrides or (), images, repeat)
     print_loader(rows)
     if output is not None:
@@ -111,6 +115,7 @@ def scaling(
     """
     from modsquad_ds.bench.scaling_table import run
 
+    _check_json(json_file)
     run(recipe, overrides or (), ranks, nodes, mode, ep, steps, trained, timeout, out, json_file)
 
 
@@ -122,12 +127,22 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    from modsquad_ds.files import make_folder
+
+    if path is not None:
+        make_folder(path.parent, "--json")
+        if path.is_dir():
+            raise UserError(f"--json {path}: is a folder; give a file's name")
+
+
 def _finish(name: str, rows: list[dict[str, Any]], columns: dict[str, str], json_file: Path | None, note: str = "") -> None:
     """Print the table and what it depends on; write the rows where asked to."""
     from modsquad_ds.bench.measure import print_environment, print_rows, write_rows
 
     print_rows(f"bench {name}", rows, columns, note)
-    print_environment()
+    print_environment(rows)
     if json_file is not None:
         write_rows(json_file, name, rows)
 

@@ -2,8 +2,21 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from modsquad_ds.errors import UserError
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Make a folder before work starts whose results go there. Raises UserError that names `key`, the user's word for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key} {folder}: cannot be written to ({error.strerror}); give another folder ({key}=...)") from None
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from modsquad_ds.data.order import derive_seed
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.types import Batch, SubBatch
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import write_json
+from modsquad_ds.files import make_folder, write_json
 from modsquad_ds.model.heads import check_norm
 from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_network
 from modsquad_ds.model_file import ModelFile, write_model
@@ -81,7 +80,7 @@ def train(recipe: Recipe) -> None:
     plan = loader_plan(recipe, ranks)
     check_data(plan)
     if ranks.first:
-        make_run_folder(recipe.run)
+        make_folder(recipe.run, "run")
     trainer = build_trainer(recipe, ranks)
     start = resume(trainer)
     steps = recipe.train.steps
@@ -174,16 +173,6 @@ def check_continuation(folder: Path, recipe: Recipe) -> None:
             f"checkpoint {folder}: {saved['step']} steps are done, train.steps is {recipe.train.steps}; "
             "raise it, or start a new run folder (run=...)"
         )
-
-
-def make_run_folder(run: Path) -> None:
-    """Make the folder before anything else is built, so that a mistaken `run=` is told at once."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):
-            pass
-    except OSError as error:
-        raise UserError(f"run {run}: cannot be written to ({error.strerror}); give another folder (run=...)") from None
 
 
 def train_step(trainer: Trainer, micro_batches: Iterator[Batch], step: int) -> tuple[Report, Work]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from modsquad_ds.bench import comm, step
 from modsquad_ds.bench.jobs import JobError, run_job
@@ -20,8 +21,9 @@ from modsquad_ds.bench.measure import environment, interleave, ratio, spread, ti
 from modsquad_ds.bench.routing import steered
 from modsquad_ds.bench.workload import DENSE as TIMM
 from modsquad_ds.bench.workload import PACKED, PER_TASK, VARIANTS, Workload
+from modsquad_ds.model import cached
 from modsquad_ds.parallel import launch
-from modsquad_ds.parallel.stock import StockLayer
+from modsquad_ds.parallel.stock import StockLayer, offset_towards
 
 ROOT = Path(__file__).parents[1]
 SMALL = Workload({"classes": (8, 32), "boxes": (4, 48), "masks": (4, 32)}, "tiny")._asdict()
@@ -70,12 +72,24 @@ def test_a_job_that_fails_tells_its_last_lines_and_one_that_hangs_ends() -> None
     assert time.monotonic() - began < 20
 
 
-def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "modsquad_ds", "bench", "layer", "--width", "wide"]
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["layer", "--width", "wide"], "error: --width 'wide': expected whole numbers above 0, separated by commas"),
+        (["comm", "--ranks", "1"], "error: --ranks 1: one rank sends nothing; take 2 or 4"),
+        (["comm", "--ranks", "3"], "error: --ranks 3: the 16 MLP experts do not divide over them; take 2 or 4"),
+        (["step", "--json", "here"], "error: --json here: is a folder; give a file's name"),
+        (["step", "--json", "file/x.json"], "error: --json file: cannot be written to (File exists); give another folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_before_anything_is_measured(arguments: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "modsquad_ds", "bench", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    assert found.stderr.strip() == "error: --width 'wide': expected whole numbers above 0, separated by commas"
+    assert found.stderr.strip().startswith(told) and len(found.stderr.strip().splitlines()) == 1
 
 
 # ---------------------------------------------------------------- layer
@@ -102,7 +116,7 @@ def test_all_layers_do_the_same_work() -> None:
         expert[0].weight.data, expert[0].bias.data = ex.fc1_weight.data[number], ex.fc1_bias.data[number]
         expert[2].weight.data, expert[2].bias.data = ex.fc2_weight.data[number], ex.fc2_bias.data[number]
     for name, expert_SK in choices(layer, x_SD, task_segments(tokens)).items():
-        stock.steer(expert_SK)
+        stock.gate.offset_SE = offset_towards(expert_SK, EXPERTS)
         found = stock(x_SD).detach()
         # Stock renormalises the gate weights of the chosen.
         logits = F.linear(x_SD, stock.gate.wg.weight)
@@ -171,6 +185,17 @@ def test_equal_active_flops_and_the_peak_of_a_step() -> None:
     assert all(row["peak_mib"] > 1 and row["rest_mib"] > 100 for row in rows.values())
 
 
+def test_flops_of_several_blocks_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward 2 and backward 4 matrix products of 30 x 4 rows, 8 x 8: also where an expert's rows are many blocks."""
+    layer, x_SD = sparse_layer(8), torch.randn(30, 8, requires_grad=True)
+    for block in (1024, 3):
+        monkeypatch.setattr(cached, "BLOCK", block)
+        with FlopCounterMode(display=False) as counter:
+            layer(x_SD, task_segments(30))[0].sum().backward()
+        router = 3 * 2 * 30 * 8 * EXPERTS
+        assert counter.get_total_flops() == 6 * 2 * 30 * TOP_K * 8 * 8 + router
+
+
 def test_peak_is_of_memory_held_since_the_last_look() -> None:
     rest = step.reset_peak()
     held = torch.ones(16 * 2**20)
@@ -178,6 +203,9 @@ def test_peak_is_of_memory_held_since_the_last_look() -> None:
     assert step.read_peak() - rest > 50
     assert step.read_peak() - step.reset_peak() > 30, "and is forgotten then"
     assert step.read_peak() - rest < 30
+    small = [torch.ones(2**18) for _ in range(64)]  # what the C library keeps when it is freed
+    del small
+    assert step.reset_peak() - rest < 30
 
 
 # ---------------------------------------------------------------- comm

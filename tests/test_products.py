@@ -161,12 +161,34 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert fc2[0].grad is not None and fc1[0].grad is None and case.x.grad is None
 
 
-def test_nothing_is_kept_without_gradients() -> None:
+def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation holds a block of hidden rows, not all of them, though parameters want gradients."""
+    monkeypatch.setattr(cached, "BLOCK", 3)
     case = case_of(12, 4, 2, 0.0)
     fc1, fc2 = weights(4, HIDDEN, INPUT), weights(4, OUTPUT, HIDDEN)
-    y = cached.mlp(case.x, case.groups, fc1, fc2, case.gate_SK)
-    assert not y.requires_grad
-    assert_close(y, by_rows(case, fc1, fc2, case.gate_SK))
+    fc1[0].requires_grad_()
+    sizes: list[int] = []
+    real = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: sizes.append(a[1]) or real(*a, **k))
+    with torch.no_grad():
+        y = cached.mlp(case.x, case.groups, fc1, fc2, case.gate_SK)
+    assert not y.requires_grad and max(sizes) <= 3
+    assert_close(y, by_rows(case, fc1, fc2, case.gate_SK).detach())
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_many_blocks_in_bf16_keep_the_bits_of_their_sums(mlp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert's gradients over 100 blocks are as close to fp32 as those of one block."""
+    case = case_of(300, 1, 1, 0.0)
+    rounded = case._replace(x=case.x.bfloat16().float(), gate_SK=case.gate_SK.bfloat16().float())
+    monkeypatch.setitem(globals(), "weights", lambda *a, f=weights: tuple(t.bfloat16().float() for t in f(*a)))
+    expected = outcome(rounded, None, mlp, True, torch.float32)
+    apart = {}
+    for block in (1024, 3):
+        monkeypatch.setattr(cached, "BLOCK", block)
+        found = outcome(rounded, cached, mlp, True, torch.bfloat16)
+        apart[block] = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    assert all(few < 1.5 * one + 1e-4 for few, one in zip(apart[3], apart[1024], strict=True)), apart
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])

@@ -10,9 +10,10 @@ import torch
 from modsquad_ds.checkpoint import folder_of
 from modsquad_ds.config import ParallelSpec, Recipe
 from modsquad_ds.errors import UserError
+from modsquad_ds.files import make_folder
 from modsquad_ds.objective import Report
 from modsquad_ds.parallel import launch
-from modsquad_ds.train import Work, build_trainer, due, make_run_folder, record_of, stop_if_not_finite, train_step
+from modsquad_ds.train import Work, build_trainer, due, record_of, stop_if_not_finite, train_step
 from ranks import run_ranks
 from small import small_batch, small_recipe
 from test_topology import config_file
@@ -121,11 +122,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -
 def test_a_run_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run .*/file: cannot be written to \(File exists\); give another folder"):
-        make_run_folder(tmp_path / "file")
+        make_folder(tmp_path / "file", "run")
     with pytest.raises(UserError, match=r"run .*/file/run: cannot be written to \(Not a directory\)"):
-        make_run_folder(tmp_path / "file" / "run")
-    make_run_folder(tmp_path / "a" / "b")
-    make_run_folder(tmp_path / "a" / "b")
+        make_folder(tmp_path / "file" / "run", "run")
+    make_folder(tmp_path / "a" / "b", "run")
+    make_folder(tmp_path / "a" / "b", "run")
     assert not list((tmp_path / "a" / "b").iterdir())
 
 

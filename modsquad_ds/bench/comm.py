@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from modsquad_ds.bench.jobs import run_job
-from modsquad_ds.bench.measure import Row
+from modsquad_ds.bench.measure import Row, with_environment
 from modsquad_ds.bench.routing import observed, steered
-from modsquad_ds.bench.workload import PACKED, PER_TASK, Workload, step_batch, step_of, trainer_of, workload
+from modsquad_ds.bench.workload import PACKED, PER_TASK, Workload, step_batch, step_of, step_recipe, trainer_of, workload
+from modsquad_ds.errors import UserError
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
 from modsquad_ds.parallel import launch
@@ -33,8 +34,8 @@ COLUMNS = {
 }  # fmt: skip
 NOTE = (
     "Per step and rank; MiB of the rank that sends most. a2a: all-to-alls. stats: all-reduces besides DeepSpeed's. least: bytes "
-    "of rows that must leave their rank, out and back, forward and backward. padded: what DeepSpeed's dispatch without drops "
-    "would send for this routing. max / mean: rows of a layer's busiest rank."
+    "of the chosen (token, expert) rows of other ranks, out and back, forward and backward. padded: what DeepSpeed's dispatch "
+    "without drops would send for this routing. max / mean: rows of a layer's busiest rank."
 )
 LIMIT = 1200.0
 
@@ -61,8 +62,21 @@ PLACED = CASES[-1]
 
 
 def bench_comm(world_sizes: Sequence[int], work: Workload = WORK) -> list[Row]:
-    """Rows of every case at each number of ranks, all of which share the experts."""
+    """Rows of every case at each number of ranks, all of which share the experts. UserError where they cannot."""
+    for ranks in world_sizes:
+        check_ranks(ranks, work)
     return [row for ranks in world_sizes for row in run_job("comm", work._asdict(), ranks, LIMIT)]
+
+
+def check_ranks(ranks: int, work: Workload) -> None:
+    """Refuse, before anything starts, what experts or images do not divide over."""
+    moe = step_recipe(work, 1).model
+    parts = {"MLP experts": moe.mlp.num_experts, "attention experts": moe.attention.num_experts}
+    parts |= {f"images of {task}": count for task, (count, _) in work.images.items()}
+    odd = [f"{count} {what}" for what, count in parts.items() if count % ranks]
+    if ranks < 2 or odd:
+        why = f"the {odd[0]} do not divide over them" if odd else "one rank sends nothing"
+        raise UserError(f"--ranks {ranks}: {why}; take 2 or 4")
 
 
 def measure_comm(images: Any, size: str) -> list[Row] | None:
@@ -70,7 +84,7 @@ def measure_comm(images: Any, size: str) -> list[Row] | None:
     ranks, work = launch.start(), workload(images, size)
     rows = [measure_case(case, work, ranks) for case in CASES]
     launch.stop()
-    return rows if ranks.first else None
+    return with_environment(rows) if ranks.first else None
 
 
 def measure_case(case: Case, work: Workload, ranks: Ranks) -> Row:

@@ -27,7 +27,7 @@ class JobError(UserError):
 
 
 def run_job(worker: str, arguments: Mapping[str, Any], ranks: int, timeout: float) -> list[Row]:
-    """Rows that `worker` (a name in cli_bench.WORKERS) measured with `arguments` on `ranks` processes of this machine.
+    """Rows that `worker` (a name that cli_bench._worker knows) measured with `arguments` on `ranks` processes of this machine.
 
     Raises JobError if the job fails or takes longer than `timeout` seconds; whatever it started has ended then.
     """

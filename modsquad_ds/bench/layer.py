@@ -17,7 +17,7 @@ from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseMLP
 from modsquad_ds.parallel import launch
-from modsquad_ds.parallel.stock import StockLayer
+from modsquad_ds.parallel.stock import StockLayer, offset_towards
 
 EXPERTS, TOP_K, SHARES = 16, 4, (0.7, 0.2, 0.1)
 """Sixteen experts, four of them for each token; shares of the tokens of three tasks."""
@@ -29,7 +29,7 @@ def bench_layer(widths: Sequence[int], tokens: Sequence[int], repeat: int, show:
     """Rows of every width, number of tokens, routing and layer. The experts' hidden width is the layer's width.
 
     Routings: balanced (every expert gets as many rows), random (routers as they start), specialised (three tasks with 70, 20 and
-    10 % of the tokens, each on four experts of its own). Raises ValueError where a size is not positive.
+    10 % of the tokens, each on four experts of its own). Sizes are positive.
     """
     launch.start()
     rows = []
@@ -57,8 +57,9 @@ def layer_cases(width: int, tokens: int) -> dict[str, Callable[[], None]]:
     for name, expert_SK in choices(sparse, x_SD, segments).items():
         cases[f"sparse, {name}"] = partial(forward_backward, partial(_steered, sparse, segments, expert_SK), sparse, x_SD)
         cases[f"plain loop, {name}"] = partial(forward_backward, partial(loop, expert_SK=expert_SK), loop, x_SD)
+        offset_SE = offset_towards(expert_SK, EXPERTS)
         for label, layer in stock.items():
-            cases[f"{label}, {name}"] = partial(forward_backward, partial(_stock, layer, expert_SK), layer, x_SD)
+            cases[f"{label}, {name}"] = partial(forward_backward, partial(_stock, layer, offset_SE), layer, x_SD)
     return cases
 
 
@@ -89,7 +90,7 @@ def choices(layer: SparseMLP, x_SD: Tensor, segments: tuple[Segment, ...]) -> di
 
 
 class PlainLoop(nn.Module):
-    """A loop over experts that each pick their tokens, as the code of both papers does it, with one router."""
+    """A plain loop over experts, each of which picks its tokens, with one router."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class PlainLoop(nn.Module):
         out_SD = torch.zeros_like(x_SD)
         for number, expert in enumerate(self.experts):
             token, slot = (expert_SK == number).nonzero(as_tuple=True)
-            out_SD = out_SD.index_add(0, token, expert(x_SD[token]) * weight_SK[token, slot].unsqueeze(1))
+            out_SD.index_add_(0, token, expert(x_SD[token]) * weight_SK[token, slot].unsqueeze(1))
         return out_SD
 
 
@@ -116,12 +117,16 @@ def forward_backward(run: Callable[[Tensor], Tensor], layer: nn.Module, x_SD: Te
 
 
 def _steered(layer: SparseMLP, segments: tuple[Segment, ...], expert_SK: Tensor, x_SD: Tensor) -> Tensor:
-    with steered(layer, lambda router, prob_SE: expert_SK):
+    def choice(router: Router, prob_SE: Tensor) -> Tensor:
+        Router.choose(router, prob_SE)  # costs what it costs, and is not followed
+        return expert_SK
+
+    with steered(layer, choice):
         return layer(x_SD, segments)[0]
 
 
-def _stock(layer: StockLayer, expert_SK: Tensor, x_SD: Tensor) -> Tensor:
-    layer.steer(expert_SK)
+def _stock(layer: StockLayer, offset_SE: Tensor, x_SD: Tensor) -> Tensor:
+    layer.gate.offset_SE = offset_SE
     return layer(x_SD)
 
 

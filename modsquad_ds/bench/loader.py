@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from modsquad_ds.bench.measure import Row, Seconds, interleave, print_environment, print_rows, ratio, spread, spread_fields
+from modsquad_ds.bench.measure import (
+    Row,
+    Seconds,
+    interleave,
+    print_environment,
+    print_rows,
+    ratio,
+    spread,
+    spread_fields,
+    with_environment,
+)
 from modsquad_ds.bench.photos import write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import IMAGE_FIELDS
@@ -100,7 +110,7 @@ def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row
         runs[case.name] = _runner(case)
         runs[_peer(case)] = _decoder(case.files)
     seconds = interleave(runs, repeat, warmup=1, label="loader", show=show)
-    return [_row(case, seconds) for case in cases]
+    return with_environment([_row(case, seconds) for case in cases])
 
 
 def cases_of(plan: LoaderPlan, images: int) -> Iterator[Case]:
@@ -226,4 +236,4 @@ def print_loader(rows: Sequence[Row]) -> None:
     for row in rows:
         files = f"{row['images']} images, mean {row['pixels']} px and {row['kilobytes']:.3g} kB"
         print(f"{row['case']} ({files}): {row['beyond']}")
-    print_environment()
+    print_environment(rows)

@@ -119,9 +119,15 @@ def environment() -> Row:
 
 
 def write_rows(path: Path, bench: str, rows: Sequence[Row], surroundings: Row | None = None) -> None:
-    """Rows as a JSON list, each with its benchmark's name and the environment it was measured in."""
+    """Rows as a JSON list, each with its benchmark's name and the environment it was measured in, its own if it names one."""
     around = environment() if surroundings is None else surroundings
-    write_json(path, [{"bench": bench, **row, **around} for row in rows])
+    write_json(path, [{"bench": bench, **around, **row} for row in rows])
+
+
+def with_environment(rows: Sequence[Row]) -> list[Row]:
+    """Rows that were measured in this process, for another one to print and write."""
+    around = environment()
+    return [{**row, **around} for row in rows]
 
 
 def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, str], note: str = "") -> None:
@@ -141,9 +147,9 @@ def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, str], note
     (console if console.is_terminal and console.width <= 100 else Console(width=100)).print(table)
 
 
-def print_environment() -> None:
-    """One line that says where the figures above come from."""
-    e = environment()
+def print_environment(rows: Sequence[Row] = ()) -> None:
+    """One line that says where the figures of the rows come from, by the first of them if it says so."""
+    e = environment() | (rows[0] if rows else {})
     commit = f", commit {e['commit']}" if e["commit"] else ""
     print(
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads; torch {e['torch']}, deepspeed {e['deepspeed']}, "

@@ -67,7 +67,7 @@ def sizes_of(sweep: Sweep) -> list[Size]:
         here: list[Size] = []
         for mode in sweep.modes:
             size = _size(sweep, ranks, mode)
-            twin = next((other for other in here if other.arguments == size.arguments and not size.refused), None)
+            twin = next((other for other in here if other[2:] == size[2:]), None)
             if twin is None:
                 here.append(size)
             else:

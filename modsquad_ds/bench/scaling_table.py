@@ -9,6 +9,7 @@ from modsquad_ds.bench.scaling import MODES, Sweep, run_local, run_slurm
 from modsquad_ds.checkpoint import complete_checkpoints
 from modsquad_ds.config import load_recipe
 from modsquad_ds.errors import UserError
+from modsquad_ds.files import make_folder
 
 SIZE = {"size": "ranks", "ep_size": "EP", "routing": "routing"}
 RATES = {
@@ -37,6 +38,7 @@ def run(
     for option, value, known in (("--mode", mode, tuple(modes)), ("--ep", ep, ("fixed", "growing"))):
         if value not in known:
             raise UserError(f"{option} {value!r}: expected one of {', '.join(known)}")
+    make_folder(out, "--out")
     cluster = slurm.read_cluster() if nodes else None
     sizes = tuple(n * cluster.ranks for n in numbers("--nodes", nodes)) if cluster else numbers("--ranks", ranks)
     loaded = load_recipe(recipe, [*overrides, "resume=must"] if trained else overrides)

@@ -111,6 +111,8 @@ def wait(
                 states[job.number] = state
             if state in ENDED:
                 ends.setdefault(job.number, time.monotonic())
+            else:
+                ends.pop(job.number, None)  # Slurm started it again
         for path, job in list(open_files.items()):
             if rows_file(path).is_file():
                 arrived(path, None)

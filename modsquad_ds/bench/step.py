@@ -1,5 +1,8 @@
 """`bench step`: a whole training step of a sparse ViT-small with three tasks; all tasks in one pack, one pass per task, dense."""
 
+import ctypes
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modsquad_ds.bench.jobs import run_job
-from modsquad_ds.bench.measure import Row, interleave, timing_rows
+from modsquad_ds.bench.measure import Row, Seconds, interleave, timing_rows, wait_for_device, with_environment
 from modsquad_ds.bench.workload import DENSE, PACKED, VARIANTS, Workload, step_batch, step_of, trainer_of, workload
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier
@@ -51,12 +54,12 @@ def measure_step(repeat: int, ep_size: int, variants: list[str], images: Any, si
     cases = {}
     for variant in variants:
         step = step_of(trainer_of(variant, work, ranks, ep_size), batch)
-        # Ranks start together, so a slow rank of the case before is not counted here.
         cases[variant] = _after_barrier(step)
     seconds = interleave(cases, repeat, show=False)
     launch.stop()
     tokens = sum(work.tokens.values())
-    return timing_rows(seconds, PACKED, ranks=ranks.world, ep_size=ep_size, size=size, tokens=tokens) if ranks.first else None
+    rows = timing_rows(seconds, PACKED, ranks=ranks.world, ep_size=ep_size, size=size, tokens=tokens)
+    return with_environment(rows) if ranks.first else None
 
 
 def measure_alone(variant: str, images: Any, size: str) -> list[Row] | None:
@@ -79,6 +82,8 @@ def reset_peak() -> float:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
+    # What the C library keeps of freed memory would hide what the next step takes of it.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -95,9 +100,14 @@ def _status(field: str) -> float:
     return int(value) / 1024
 
 
-def _after_barrier(step: Any) -> Any:
-    def run() -> None:
+def _after_barrier(step: Callable[[], None]) -> Callable[[], Seconds]:
+    """The step, timed from when all ranks are there: a rank that was slow in the case before is not waited for in this one."""
+
+    def run() -> Seconds:
         barrier()
+        began = time.perf_counter()
         step()
+        wait_for_device()
+        return Seconds(time.perf_counter() - began)
 
     return run

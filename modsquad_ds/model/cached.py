@@ -31,7 +31,8 @@ def linear(x: Tensor, groups: Groups, weight_EOI: Tensor, bias_EO: Tensor | None
 
 def mlp(x: Tensor, groups: Groups, fc1: tuple[Tensor, Tensor], fc2: tuple[Tensor, Tensor], gate_SK: Tensor | None) -> Tensor:
     """See `products.expert_mlp`."""
-    return _MLP.apply(x, *fc1, *fc2, gate_SK, groups)
+    # Asked here, for inside of an autograd function gradients are always off.
+    return _MLP.apply(x, *fc1, *fc2, gate_SK, groups, torch.is_grad_enabled())
 
 
 def combine(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, gate_SK: Tensor) -> Tensor:
@@ -103,32 +104,43 @@ def _totals(like: Tensor, rows: int, width: int, target: _Rows) -> Tensor:
     return torch.zeros(rows, width, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _no_rows(rows: Sequence[int], *gradients: Tensor | None) -> None:
-    """Zero the gradients of experts that got no rows; the others were written."""
+def _gradient(parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    """Memory for a gradient that blocks add to, in fp32 also for bf16: sums of many blocks would lose bits."""
+    if parameter is None or not wanted:
+        return None
+    return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _finished(rows: Sequence[int], gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient in its parameter's precision, zero for experts that got no rows; the others were written."""
+    if gradient is None or parameter is None:
+        return None
     for expert, count in enumerate(rows):
-        for gradient in gradients:
-            if count == 0 and gradient is not None:
-                gradient[expert].zero_()
+        if count == 0:
+            gradient[expert].zero_()
+    return gradient.to(parameter.dtype)
 
 
 def _add_product(gradient: Tensor | None, expert: int, left: Tensor, right: Tensor, first: bool) -> None:
     """gradient[expert] (+)= left^T right."""
     if gradient is None:
         return
-    if first:
-        torch.mm(left.t(), right, out=gradient[expert])
+    here = gradient[expert]
+    if left.dtype != gradient.dtype:
+        product = left.t() @ right
+        here.copy_(product) if first else here.add_(product)
+    elif first:
+        torch.mm(left.t(), right, out=here)
     else:
-        gradient[expert].addmm_(left.t(), right)
+        torch.addmm(here, left.t(), right, out=here)
 
 
 def _add_sum(gradient: Tensor | None, expert: int, rows: Tensor, first: bool) -> None:
     """gradient[expert] (+)= sum of rows."""
     if gradient is None:
         return
-    if first:
-        torch.sum(rows, 0, out=gradient[expert])
-    else:
-        gradient[expert].add_(rows.sum(0))
+    total = rows.sum(0, dtype=gradient.dtype)
+    gradient[expert].copy_(total) if first else gradient[expert].add_(total)
 
 
 def _gate_gradient(gradient_R: Tensor | None, groups: Groups, gate_SK: Tensor | None) -> Tensor | None:
@@ -169,8 +181,7 @@ class _Linear(torch.autograd.Function):
         source, target = _ends(groups, x.shape[0], gate_SK, x.dtype)
         want_x, want_weight, want_bias, want_gate, _ = ctx.needs_input_grad
         grad_x = _totals(x, x.shape[0], x.shape[1], source)
-        grad_weight = torch.empty_like(weight) if want_weight else None
-        grad_bias = torch.empty_like(bias) if want_bias else None
+        grad_weight, grad_bias = _gradient(weight, want_weight), _gradient(bias, want_bias)
         grad_gate = torch.empty_like(target.gate_R) if want_gate and target.gate_R is not None else None
         scratch = _scratch(groups.rows, x, x.shape[1], weight.shape[1], x.shape[1])
         for expert, block, first in _blocks(groups.rows):
@@ -184,9 +195,9 @@ class _Linear(torch.autograd.Function):
             source.put(grad_x, block, towards_x)
             _add_product(grad_weight, expert, back, rows, first)
             _add_sum(grad_bias, expert, back, first)
-        _no_rows(groups.rows, grad_weight, grad_bias)
         given_x = grad_x.to(x.dtype) if want_x else None
-        return given_x, grad_weight, grad_bias, _gate_gradient(grad_gate, groups, gate_SK), None
+        of = (_finished(groups.rows, grad_weight, weight), _finished(groups.rows, grad_bias, bias))
+        return given_x, *of, _gate_gradient(grad_gate, groups, gate_SK), None
 
 
 class _MLP(torch.autograd.Function):
@@ -194,13 +205,13 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate_SK: Tensor | None, groups: Groups
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate_SK: Tensor | None, groups: Groups, keep: bool
     ) -> Tensor:
         """`[n, I]` -> `[R, O]` or `[S, O]`."""
         source, target = _ends(groups, x.shape[0], gate_SK, x.dtype)
         size = sum(groups.rows) if gate_SK is None else gate_SK.shape[0]
         out = _totals(x, size, w2.shape[1], target)
-        hidden_RH = x.new_empty(sum(groups.rows), w1.shape[1]) if any(ctx.needs_input_grad) else None
+        hidden_RH = x.new_empty(sum(groups.rows), w1.shape[1]) if keep else None
         scratch = _scratch(groups.rows, x, x.shape[1], w1.shape[1], w2.shape[1])
         for expert, block, _ in _blocks(groups.rows):
             n = block.stop - block.start
@@ -223,7 +234,8 @@ class _MLP(torch.autograd.Function):
         source, target = _ends(groups, x.shape[0], gate_SK, x.dtype)
         wanted = ctx.needs_input_grad
         grad_x = _totals(x, x.shape[0], x.shape[1], source)
-        of = [torch.empty_like(w) if want else None for w, want in zip((w1, b1, w2, b2), wanted[1:5], strict=True)]
+        parameters = (w1, b1, w2, b2)
+        of = [_gradient(parameter, want) for parameter, want in zip(parameters, wanted[1:5], strict=True)]
         grad_gate = torch.empty_like(target.gate_R) if wanted[5] and target.gate_R is not None else None
         scratch = _scratch(groups.rows, x, x.shape[1], w2.shape[1], w1.shape[1], w1.shape[1], x.shape[1])
         for expert, block, first in _blocks(groups.rows):
@@ -240,8 +252,9 @@ class _MLP(torch.autograd.Function):
             _add_product(of[0], expert, towards, rows, first)
             _add_sum(of[1], expert, towards, first)
             source.put(grad_x, block, torch.mm(towards, w1[expert], out=scratch[4][:n]))
-        _no_rows(groups.rows, *of)
-        return grad_x.to(x.dtype) if wanted[0] else None, *of, _gate_gradient(grad_gate, groups, gate_SK), None
+        given_x = grad_x.to(x.dtype) if wanted[0] else None
+        given = [_finished(groups.rows, gradient, of_) for gradient, of_ in zip(of, parameters, strict=True)]
+        return given_x, *given, _gate_gradient(grad_gate, groups, gate_SK), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -14,7 +14,7 @@ class SteeredGate(TopKGate):
     """DeepSpeed's top-k gate, whose logits are moved so that it chooses what it is told to."""
 
     offset_SE: Tensor
-    """Added to the logits; set before each forward pass."""
+    """Added to the logits; set before each forward pass (`offset_towards`)."""
 
     def forward(
         self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
@@ -43,11 +43,11 @@ class StockLayer(nn.Module):
             groups._create_expert_and_data_parallel(1)
         self.moe.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(name))
 
-    def steer(self, expert_SK: Tensor) -> None:
-        """Choose these experts in the next forward passes."""
-        offset_SE = torch.zeros(expert_SK.shape[0], self.gate.wg.weight.shape[0], device=expert_SK.device)
-        self.gate.offset_SE = offset_SE.scatter_(1, expert_SK, 30.0)
-
     def forward(self, x_SD: Tensor) -> Tensor:
         """`[S, D]` -> `[S, D]`."""
         return self.moe(x_SD)[0]
+
+
+def offset_towards(expert_SK: Tensor, num_experts: int) -> Tensor:
+    """Offset `[S, E]` of logits that makes these experts the most probable."""
+    return torch.zeros(expert_SK.shape[0], num_experts, device=expert_SK.device).scatter_(1, expert_SK, 30.0)
