@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -96,10 +98,12 @@ def test_a_users_mistake_is_one_line_before_anything_is_measured(arguments: list
 
 
 @pytest.fixture
-def one_process() -> object:
-    launch.start()
-    yield None
-    launch.stop()
+def one_process() -> Iterator[None]:
+    """A process group of this process alone; what it tells the environment ends with it, or later programs would join in."""
+    with mock.patch.dict(os.environ):
+        launch.start()
+        yield
+        launch.stop()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -145,9 +145,9 @@ def test_sizes_of_a_benchmark_run_one_after_the_other_whatever_becomes_of_one(tm
     (tmp_path / "measured before.rows.json").touch()
     code, output = job.run("scaling", *map(str, sizes), CODE="3")
     assert code == 3, output
-    assert f"scaling on 2 node(s), 16 rank(s), node7:23457, {tmp_path}/c" in output
+    assert f"scaling on 2 node(s), 16 rank(s), node7:23557, {tmp_path}/c" in output
     calls = job.calls.read_text().splitlines()
-    assert [line.split()[1] for line in calls if line.startswith("node7")] == ["23456", "23457"]
+    assert [line.split()[1] for line in calls if line.startswith("node7")] == ["23456", "23557"]
     program = "srun --kill-on-bad-exit=1 python -m modsquad_ds bench worker scaling"
     assert [line for line in calls if line.startswith("srun")] == [
         f"{program} {tmp_path}/{name}.arguments.json {tmp_path}/{name}.rows.json" for name in ("a", "c")
