@@ -126,7 +126,7 @@ class Store:
 
     def path(self, size: Size, kind: str) -> Path:
         """File of a size: its `arguments` or its `rows`. Its name tells arguments, versions and commit apart."""
-        key = json.dumps([size.arguments, self.surroundings], sort_keys=True)
+        key = json.dumps([size.arguments, size.refused, self.surroundings], sort_keys=True)
         return self.folder / f"{size.ranks}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.{kind}.json"
 
     def rows(self, size: Size) -> list[Row] | None:
