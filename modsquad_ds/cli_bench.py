@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modsquad_ds.errors import UserError
+from modsquad_ds.bench.options import check_json, numbers
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +39,8 @@ def layer(
     """
     from modsquad_ds.bench.layer import COLUMNS, bench_layer
 
-    _check_json(json_file)
-    _finish("layer", bench_layer(_numbers("width", width), _numbers("tokens", tokens), repeat), COLUMNS, json_file)
+    check_json(json_file)
+    _finish("layer", bench_layer(numbers("--width", width), numbers("--tokens", tokens), repeat), COLUMNS, json_file)
 
 
 @bench.command()
@@ -51,7 +51,7 @@ def step(repeat: Annotated[int, _repeat(7)] = 7, json_file: Json = None) -> None
     """
     from modsquad_ds.bench.step import COLUMNS, bench_step
 
-    _check_json(json_file)
+    check_json(json_file)
     _finish("step", bench_step(repeat), COLUMNS, json_file)
 
 
@@ -63,8 +63,8 @@ def comm(ranks: Numbers = "2,4", json_file: Json = None) -> None:
     """
     from modsquad_ds.bench.comm import COLUMNS, NOTE, bench_comm
 
-    _check_json(json_file)
-    _finish("comm", bench_comm(_numbers("ranks", ranks)), COLUMNS, json_file, NOTE)
+    check_json(json_file)
+    _finish("comm", bench_comm(numbers("--ranks", ranks)), COLUMNS, json_file, NOTE)
 
 
 @bench.command()
@@ -83,7 +83,7 @@ def loader(
     from modsquad_ds.bench.loader import measure_loader, print_loader
     from modsquad_ds.bench.measure import write_rows
 
-    _check_json(output)
+    check_json(output)
     rows = measure_loader(recipe, overrides or (), images, repeat)
     print_loader(rows)
     if output is not None:
@@ -115,26 +115,8 @@ def scaling(
     """
     from modsquad_ds.bench.scaling_table import run
 
-    _check_json(json_file)
+    check_json(json_file)
     run(recipe, overrides or (), ranks, nodes, mode, ep, steps, trained, timeout, out, json_file)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """`4096,16384` as numbers."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--{option} {text!r}: expected whole numbers above 0, separated by commas")
-    return [int(part) for part in parts]
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
-    from modsquad_ds.files import make_folder
-
-    if path is not None:
-        make_folder(path.parent, "--json")
-        if path.is_dir():
-            raise UserError(f"--json {path}: is a folder; give a file's name")
 
 
 def _finish(name: str, rows: list[dict[str, Any]], columns: dict[str, str], json_file: Path | None, note: str = "") -> None:

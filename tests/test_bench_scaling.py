@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from layouts import made
-from modsquad_ds.bench import scaling, scaling_table, slurm
+from modsquad_ds.bench import options, scaling, scaling_table, slurm
 from modsquad_ds.bench.jobs import JobError
 from modsquad_ds.bench.routing import Load
 from modsquad_ds.bench.scaling_step import like_steps, rows_of
@@ -287,5 +287,12 @@ def test_cluster_without_a_number_of_tasks_is_refused(options: str) -> None:
 @pytest.mark.parametrize("text", ["", "0", "1,x", "1.5", "-1"])
 def test_sizes_are_whole_numbers(text: str) -> None:
     with pytest.raises(UserError, match="expected whole numbers"):
-        scaling_table.numbers("--ranks", text)
-    assert scaling_table.numbers("--ranks", "4, 1,2,1") == (1, 2, 4)
+        options.numbers("--ranks", text)
+    assert options.numbers("--ranks", "4, 1,2,1") == (1, 2, 4)
+
+
+def test_refused_sizes_of_the_same_ranks_are_told_apart(tmp_path: Path) -> None:
+    """Weak and strong may be refused for different reasons, and neither may take the other's place on disk."""
+    store = scaling.Store(tmp_path, {})
+    weak, strong = (scaling.Size(3, (mode,), {}, f"{mode} does not divide") for mode in scaling.MODES)
+    assert store.path(weak, "arguments") != store.path(strong, "arguments")

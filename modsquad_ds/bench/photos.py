@@ -2,7 +2,8 @@
 
 Pixels come from the photographs that scikit-learn and scikit-image install: crops of them, scaled to the sets' usual sizes.
 The JPEG quality is chosen so that files are about as large as those of the sets: ILSVRC2012's training images have 115 kB
-in the mean, COCO's train2017 163 kB, ADE20K's about 40 kB (bytes of the archives over images). Boxes and masks are made up; only their cost matters here.
+in the mean, COCO's train2017 163 kB, ADE20K's about 40 kB (bytes of the archives over images). Boxes and masks are made up;
+only their cost matters here.
 """
 
 import io

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from modsquad_ds.bench import slurm
 from modsquad_ds.bench.measure import Row, print_rows, write_rows
+from modsquad_ds.bench.options import numbers
 from modsquad_ds.bench.scaling import MODES, Sweep, run_local, run_slurm
 from modsquad_ds.checkpoint import complete_checkpoints
 from modsquad_ds.config import load_recipe
@@ -60,14 +61,6 @@ def run(
         raise UserError(f"bench scaling: no size could be measured, see above; the first: {rows[0]['error']}")
     print_table(sweep, rows)
     print(f"{out}/scaling.json, .csv, .png")
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """`1,2,4` -> (1, 2, 4), ascending, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"{option} {text!r}: expected whole numbers from 1, separated by commas, e.g. {option} 1,2,4")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def newest_checkpoint(run: Path) -> str:
