@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from modsquad_ds.bench import comm, step
-from modsquad_ds.bench.jobs import JobError, run_job
+from modsquad_ds.bench.jobs import TAIL, JobError, last_lines, run_job
 from modsquad_ds.bench.layer import DENSE, EXPERTS, SHARES, TOP_K, choices, layer_cases, sparse_layer, task_segments
 from modsquad_ds.bench.measure import environment, interleave, ratio, spread, timing_rows, write_rows
 from modsquad_ds.bench.routing import steered
@@ -72,6 +72,13 @@ def test_a_job_that_fails_tells_its_last_lines_and_one_that_hangs_ends() -> None
     with pytest.raises(JobError, match="took longer than 1 s"):
         run_job("step_alone", {"variant": PACKED, **SMALL}, 1, 1.0)
     assert time.monotonic() - began < 20
+
+
+def test_last_lines_of_a_job_leave_native_frames_out() -> None:
+    frames = [f"frame #{i}: gloo::transport::tcp::Context::connect" for i in range(30)]
+    output = "\n".join(["starting", "RuntimeError: no route to host", *frames, "<omitting python frames>", "", "killed"])
+    assert last_lines(output) == ["starting", "RuntimeError: no route to host", "killed"]
+    assert last_lines("\n".join(map(str, range(50)))) == [str(i) for i in range(50 - TAIL, 50)]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The parent writes what to do as JSON, the first rank writes its rows as JSON; no
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from modsquad_ds.files import write_json
 
 TAIL = 12
 """Last lines of a failed job's output that are told."""
+LOOPBACK = "lo"
+"""Linux's name of the interface that reaches this machine alone."""
+NATIVE_FRAME = re.compile(r"\s*(frame #\d+:|<omitting python frames>)")
+"""Lines of a native stack trace, which would push what went wrong out of the last lines."""
 
 
 class JobError(UserError):
@@ -38,12 +43,17 @@ def run_job(worker: str, arguments: Mapping[str, Any], ranks: int, timeout: floa
         with (folder / "output").open("w+") as output:
             code = _run(command, output, timeout)
             output.seek(0)
-            last = output.read().splitlines()[-TAIL:]
+            last = last_lines(output.read())
         rows = folder / "rows.json"
         if code != 0 or not rows.is_file():
             what = f"took longer than {timeout:.0f} s" if code is None else f"ended with exit code {code}"
             raise JobError("\n  ".join([f"bench {worker} on {ranks} rank(s) {what}; its last lines:", *last]))
         return json.loads(rows.read_text())
+
+
+def last_lines(output: str) -> list[str]:
+    """The end of a job's output, without the frames of native stack traces."""
+    return [line for line in output.splitlines() if line.strip() and not NATIVE_FRAME.match(line)][-TAIL:]
 
 
 def _launcher(ranks: int) -> list[str]:
@@ -58,7 +68,8 @@ def _launcher(ranks: int) -> list[str]:
 
 def _run(command: list[str], output: Any, timeout: float) -> int | None:
     """Exit code, or None after `timeout` seconds. The job is a process group of its own, which ends with this call."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # All ranks are on this machine: without the name gloo looks up the machine's own, which not every network answers well.
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, **os.environ}
     # The job's ranks are the launcher's to name, even where this program itself is a step of Slurm.
     for name in list(environment):
         if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or name.startswith("SLURM_"):
