@@ -31,7 +31,7 @@ from modsquad_ds.objective import Usage
 from modsquad_ds.parallel.collectives import barrier, gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
-from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_usage
+from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_experts, permute_usage
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8})")
@@ -115,8 +115,8 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
         moves, usage = expert_moves(state.engine.module, orders), permute_usage(usage, orders)
     reader = _Reader(folder, content, moves)
     state.load(reader.full, content["optimizer_step"])
-    for name, buffer in state.buffers().items():
-        buffer.copy_(tensors.get_tensor(f"buffer.{name}"))
+    buffers = {name: tensors.get_tensor(f"buffer.{name}") for name in state.buffers()}
+    state.load_buffers(permute_experts(buffers, moves))
     return Progress(content["step"], usage)
 
 

@@ -22,7 +22,7 @@ from modsquad_ds.model.experts import ExpertBank
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 class ModelFile(NamedTuple):

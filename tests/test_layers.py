@@ -15,6 +15,7 @@ PACKAGE = "modsquad_ds"
 # not named by itself; packages of one rung do not import each other. A new module gets its place here.
 RUNGS = (
     ("errors", "tasks", "files"),
+    ("model_spec", "adapt_spec"),
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),

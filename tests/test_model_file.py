@@ -226,8 +226,8 @@ def recipe_with(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, 
 EXPERT, DENSE = "backbone.blocks.1.mlp.experts.2.fc1_weight", "heads.digits.linear.weight"
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], list[str]]] = {
-    "metadata of another program": (lambda t, m: (m.clear(), m.update(format="pt")), ["format 'pt', expected '1'"]),
-    "a later format": (lambda t, m: m.update(format="2"), ["format '2', expected '1'"]),
+    "metadata of another program": (lambda t, m: (m.clear(), m.update(format="pt")), ["format 'pt', expected '2'"]),
+    "a later format": (lambda t, m: m.update(format="2"), ["format '2', expected '2'"]),
     "no recipe": (lambda t, m: m.pop("recipe"), ["not written by modsquad_ds"]),
     "a recipe that is no JSON": (lambda t, m: m.update(recipe="{"), ["damaged", "copy it again"]),
     "a recipe with an unknown key": (recipe_with("layot", 1), ["recipe inside", "model.layot: unknown key"]),
@@ -260,7 +260,7 @@ def test_fault_is_told_in_one_line(written: Path, fault: str) -> None:
 def test_foreign_safetensors_without_metadata(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    assert "format None, expected '1'" in refusal(lambda: read_model(path))
+    assert "format None, expected '2'" in refusal(lambda: read_model(path))
 
 
 # ---------------------------------------------------------------- writing

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from modsquad_ds.config import RouterSpec
 from modsquad_ds.model.experts import HeadExperts, MLPExperts
 from modsquad_ds.model.laid_out import can_group
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
+from modsquad_ds.model_spec import RouterSpec
 
 SEGMENTS = (Segment(0, 2, 2, 3), Segment(2, 1, 1, 1), Segment(1, 3, 2, 2))
 TOKENS = sum(s.length for s in SEGMENTS)

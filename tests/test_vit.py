@@ -9,11 +9,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from modsquad_ds.config import ModelSpec
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Routing, RoutingStats
 from modsquad_ds.model.sparse import SparseAttention, SparseMLP
 from modsquad_ds.model.vit import Attention, Block, SparseViT, block_plans, init_weights
+from modsquad_ds.model_spec import ModelSpec
 
 SPARSE = {"num_experts": 4, "top_k": 2, "hidden": 12}
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from modsquad_ds.bench.measure import Row, interleave, timing_rows
 from modsquad_ds.bench.routing import balanced_choice, steered
-from modsquad_ds.config import RouterSpec
 from modsquad_ds.model.experts import MLPExperts
 from modsquad_ds.model.pack import Segment
 from modsquad_ds.model.router import Router
 from modsquad_ds.model.sparse import SparseMLP
+from modsquad_ds.model_spec import RouterSpec
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.stock import StockLayer, offset_towards
 

@@ -10,11 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from modsquad_ds.config import SIZES, Recipe, recipe_from_tree
+from modsquad_ds.config import Recipe, recipe_from_tree
 from modsquad_ds.data.types import Batch, SubBatch
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.model.sparse import SparseLayer
+from modsquad_ds.model_spec import SIZES
 from modsquad_ds.objective import Objective
 from modsquad_ds.parallel.engine import build_engine
 from modsquad_ds.parallel.ranks import Ranks
@@ -31,7 +32,7 @@ class Workload(NamedTuple):
     images: dict[str, tuple[int, int]]
     """Task (classes, boxes, masks) -> images of a step over all ranks, side in pixels."""
     size: str = "small"
-    """Of the ViT, a name in config.SIZES with patches of PATCH."""
+    """Of the ViT, a name in model_spec.SIZES with patches of PATCH."""
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -3,14 +3,15 @@
 Axes: S tokens in the pack, D width, T tasks, E experts, K top-k, R hidden width of a two-layer router.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modsquad_ds.config import RouterSpec
 from modsquad_ds.model.pack import Segment, slices
+from modsquad_ds.model_spec import RouterSpec
 
 
 class RoutingStats(NamedTuple):
@@ -47,10 +48,16 @@ class Router(nn.Module):
 
     def __init__(self, spec: RouterSpec, width: int, tasks: int, num_experts: int, top_k: int) -> None:
         super().__init__()
+        self.visible: Tensor
+        """bool `[rows, E]`: experts that a row may choose; all, unless experts were added for other tasks or taken away."""
         self.spec, self.tasks, self.num_experts, self.top_k = spec, tasks, num_experts, top_k
         self.per_expert: tuple[str, ...] = ("weight", "bias") if spec.type == "mlp" else ("weight",)
         """Parameters whose axis 1 counts experts."""
         rows = tasks if spec.per_task else 1
+        self.register_buffer("visible", torch.ones(rows, num_experts, dtype=torch.bool))
+        self._columns: list[tuple[int, ...] | None] = [None] * rows
+        # What the host needs to know of `visible` is read when it changes: reading it in `forward` would wait for the device.
+        self.register_load_state_dict_post_hook(lambda module, _: module._read_visible())
         if spec.type == "mlp":
             hidden = max(1, width // 4)
             self.reduce = nn.Parameter(torch.empty(rows, hidden, width))
@@ -64,11 +71,9 @@ class Router(nn.Module):
 
     def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> Routing:
         """Routing of `x_SD`. Noise acts in training mode only and is drawn from torch's generator of the device."""
-        logits_SE = torch.cat([self._logits(x_ND, segment.task) for segment, x_ND in slices(x_SD, segments)])
-        if self.training and self.spec.noise:
-            logits_SE = logits_SE + torch.randn_like(logits_SE) * (self.spec.noise / self.num_experts)
-        prob_SE = logits_SE.softmax(-1)
-        expert_SK = self.choose(prob_SE.detach())
+        logits = [self._logits(x_ND, segment.task) for segment, x_ND in slices(x_SD, segments)]
+        logits_SE, prob_SE, rank_SE = self._over_experts(logits, segments)
+        expert_SK = self.choose(rank_SE)
         weight_SK = prob_SE.gather(1, expert_SK)
         if self.spec.renormalize:
             weight_SK = weight_SK / weight_SK.sum(-1, keepdim=True)
@@ -78,15 +83,77 @@ class Router(nn.Module):
         """The chosen experts `[S, K]`: the most probable, best first. Benchmarks put another choice in its place."""
         return _top_k(prob_SE, self.top_k)
 
+    def restrict(self, task: int, experts: Sequence[int]) -> None:
+        """Let a task choose among these experts alone. Raises ValueError where they are fewer than top-k or not the layer's."""
+        chosen = sorted(set(experts))
+        if len(chosen) < self.top_k or not set(chosen) <= set(range(self.num_experts)):
+            raise ValueError(f"a task needs {self.top_k} or more of experts 0 to {self.num_experts - 1}, given {chosen}")
+        self.visible[self._row(task)] = False
+        self.visible[self._row(task), chosen] = True
+        self._read_visible()
+
+    def seen_by(self, task: int) -> tuple[int, ...]:
+        """Experts that a task may choose."""
+        return self._columns[self._row(task)] or tuple(range(self.num_experts))
+
+    def _over_experts(self, logits: list[Tensor], segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """fp32 `[S, E]`: logits, probabilities, and what experts are chosen by. Each task's softmax is over those it sees.
+
+        The operations are those of a layer that has no other experts, so the bits are too.
+        """
+        if not any(self._columns):
+            logits_SE = torch.cat(logits)
+            prob_SE = logits_SE.softmax(-1)
+            return logits_SE, prob_SE, prob_SE.detach()
+        rows = [self._row(segment.task) for segment in segments]
+
+        def whole(parts: list[Tensor], hidden: float) -> Tensor:
+            return torch.cat([self._spread(part, row, hidden) for part, row in zip(parts, rows, strict=True)])
+
+        prob = [part.softmax(-1) for part in logits]
+        return whole(logits, -torch.inf), whole(prob, 0.0), whole([part.detach() for part in prob], -1.0)
+
+    def _row(self, task: int) -> int:
+        return task if self.spec.per_task else 0
+
+    def _read_visible(self) -> None:
+        if not self.visible.is_meta:
+            rows = self.visible.tolist()
+            self._columns = [None if all(row) else tuple(e for e, sees in enumerate(row) if sees) for row in rows]
+
+    def _spread(self, value_NV: Tensor, row: int, hidden: float) -> Tensor:
+        """`[N, V]` of the row's visible experts -> `[N, E]`, with `hidden` for the others."""
+        columns = self._columns[row]
+        if columns is None:
+            return value_NV
+        if columns == tuple(range(len(columns))):
+            return F.pad(value_NV, (0, self.num_experts - len(columns)), value=hidden)
+        whole_NE = value_NV.new_full((value_NV.shape[0], self.num_experts), hidden)
+        return whole_NE.index_copy(1, self.visible[row].nonzero_static(size=len(columns)).squeeze(1), value_NV)
+
+    def _of_row(self, parameter: Tensor, row: int) -> Tensor:
+        """A row's entries of the experts it sees, fp32: of a parameter with an axis of experts."""
+        columns = self._columns[row]
+        if columns is None:
+            return parameter[row].float()
+        if columns == tuple(range(len(columns))):
+            return parameter[row, : len(columns)].float()
+        chosen = self.visible[row].nonzero_static(size=len(columns)).squeeze(1)
+        return parameter[row].index_select(0, chosen).float()
+
     def _logits(self, x_ND: Tensor, task: int) -> Tensor:
-        """fp32 logits `[N, E]` of one segment, whatever the model's precision."""
-        row = task if self.spec.per_task else 0
+        """fp32 logits `[N, V]` of one segment for the experts that its task sees, whatever the model's precision."""
+        row = self._row(task)
         with torch.autocast(x_ND.device.type, enabled=False):
             x_ND = x_ND.float()
             if self.spec.type == "mlp":
                 x_ND = F.gelu(F.linear(x_ND, self.reduce[row].float(), self.reduce_bias[row].float()))
-                return F.linear(x_ND, self.weight[row].float(), self.bias[row].float())
-            return F.linear(x_ND, self.weight[row].float())
+                logits_NV = F.linear(x_ND, self._of_row(self.weight, row), self._of_row(self.bias, row))
+            else:
+                logits_NV = F.linear(x_ND, self._of_row(self.weight, row))
+        if self.training and self.spec.noise:
+            logits_NV = logits_NV + torch.randn_like(logits_NV) * (self.spec.noise / self.num_experts)
+        return logits_NV
 
     def _stats(
         self, logits_SE: Tensor, prob_SE: Tensor, expert_SK: Tensor, segments: tuple[Segment, ...]

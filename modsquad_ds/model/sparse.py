@@ -32,9 +32,9 @@ class SparseLayer(nn.Module):
         return self.training_dispatcher if self.training and self.training_dispatcher else self.dispatcher
 
     def expert_axes(self) -> dict[str, int]:
-        """Name of every parameter with an entry per expert -> the axis of these entries."""
+        """Name of every tensor of the state with an entry per expert -> the axis of these entries."""
         axes = {f"experts.{name}": 0 for name, _ in self.experts.named_parameters(recurse=False)}
-        return axes | {f"router.{name}": 1 for name in self.router.per_expert}
+        return axes | {f"router.{name}": 1 for name in (*self.router.per_expert, "visible")}
 
 
 class SparseMLP(SparseLayer):

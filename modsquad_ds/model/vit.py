@@ -4,37 +4,16 @@ Axes: S tokens in the pack, D width, B images, N tokens of an image, H heads, T 
 Parameter names are timm's (`patch_embed.proj`, `blocks.3.attn.qkv`, `mlp.fc1`, `norm`), so ViT checkpoints need no map.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modsquad_ds.config import ModelSpec
 from modsquad_ds.model.experts import HeadExperts, MLPExperts
 from modsquad_ds.model.pack import Segment, TokenPack, slices
 from modsquad_ds.model.router import Router, RoutingStats
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
-
-
-class BlockPlan(NamedTuple):
-    """Which halves of a block are sparse."""
-
-    attention: bool
-    mlp: bool
-
-
-def block_plans(spec: ModelSpec) -> tuple[BlockPlan, ...]:
-    """The layout of every block; pure, so it can be printed without building anything."""
-    by_layout = {
-        "alternate": lambda i: BlockPlan(attention=i % 2 == 0, mlp=i % 2 == 1),
-        "every_block": lambda i: BlockPlan(attention=True, mlp=True),
-        "mlp_only": lambda i: BlockPlan(attention=False, mlp=True),
-        "attention_only": lambda i: BlockPlan(attention=True, mlp=False),
-        "dense": lambda i: BlockPlan(attention=False, mlp=False),
-    }
-    return tuple(by_layout[spec.layout](i) for i in range(spec.shape.depth))
+from modsquad_ds.model_spec import ModelSpec, block_plans
 
 
 class PatchEmbed(nn.Module):
@@ -84,15 +63,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Task embedding, then pre-norm attention and MLP, each dense or sparse, with residuals."""
 
-    def __init__(self, spec: ModelSpec, plan: BlockPlan, tasks: int, drop_path: float) -> None:
+    def __init__(self, spec: ModelSpec, number: int, tasks: int, drop_path: float) -> None:
         super().__init__()
-        shape = spec.shape
+        shape, plans = spec.shape, block_plans(spec)
+        plan, before = plans[number], plans[:number]
         self.drop_path = drop_path
         self.task_embed = nn.Parameter(torch.zeros(tasks, shape.width)) if spec.task_embedding else None
         self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
-        self.attn = _sparse_attention(spec, tasks) if plan.attention else _dense_attention(spec)
+        attention = sum(one.attention for one in before)
+        self.attn = _sparse_attention(spec, attention, tasks) if plan.attention else _dense_attention(spec)
         self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
-        self.mlp = _sparse_mlp(spec, tasks) if plan.mlp else MLP(shape.width, round(spec.mlp_ratio * shape.width))
+        mlp = sum(one.mlp for one in before)
+        self.mlp = _sparse_mlp(spec, mlp, tasks) if plan.mlp else MLP(shape.width, round(spec.mlp_ratio * shape.width))
 
     def forward(self, x_SD: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[RoutingStats, ...]]:
         """`[S, D]` -> `[S, D]` and the statistics of the block's sparse layers, attention before MLP."""
@@ -126,10 +108,7 @@ class SparseViT(nn.Module):
         self.patch_embed = PatchEmbed(shape.patch, shape.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.grid * spec.grid, shape.width))
         rates = torch.linspace(0, spec.drop_path, shape.depth, device="cpu").tolist()
-        plans = block_plans(spec)
-        self.blocks = nn.ModuleList(
-            Block(spec, plan, tasks, rate) for plan, rate in zip(plans, rates, strict=True)
-        )
+        self.blocks = nn.ModuleList(Block(spec, number, tasks, rate) for number, rate in enumerate(rates))
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
 
     def forward(self, images: dict[int, Tensor]) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
@@ -193,13 +172,13 @@ def _dense_attention(spec: ModelSpec) -> Attention:
     return Attention(spec.shape.width, spec.shape.heads, spec.attention_width)
 
 
-def _sparse_attention(spec: ModelSpec, tasks: int) -> SparseAttention:
-    moe, width = spec.attention, spec.shape.width
-    router = Router(spec.router, width, tasks, moe.num_experts, moe.top_k)
-    return SparseAttention(router, HeadExperts(moe.num_experts, width, moe.hidden or spec.attention_width), width)
+def _sparse_attention(spec: ModelSpec, layer: int, tasks: int) -> SparseAttention:
+    moe, width, experts = spec.attention, spec.shape.width, spec.attention.experts_in(layer)
+    router = Router(spec.router, width, tasks, experts, moe.top_k)
+    return SparseAttention(router, HeadExperts(experts, width, moe.hidden or spec.attention_width), width)
 
 
-def _sparse_mlp(spec: ModelSpec, tasks: int) -> SparseMLP:
-    moe, width = spec.mlp, spec.shape.width
-    router = Router(spec.router, width, tasks, moe.num_experts, moe.top_k)
-    return SparseMLP(router, MLPExperts(moe.num_experts, width, spec.expert_hidden))
+def _sparse_mlp(spec: ModelSpec, layer: int, tasks: int) -> SparseMLP:
+    moe, width, experts = spec.mlp, spec.shape.width, spec.mlp.experts_in(layer)
+    router = Router(spec.router, width, tasks, experts, moe.top_k)
+    return SparseMLP(router, MLPExperts(experts, width, spec.expert_hidden))

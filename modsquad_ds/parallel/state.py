@@ -4,7 +4,7 @@ Full tensors have the network's parameter names and, for experts, all experts of
 follows from the ZeRO stage and the expert-parallel group; nothing here communicates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,10 @@ class TrainingState:
         network = self.engine.module
         parameters = {name for name, _ in network.named_parameters()}
         return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
+
+    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Overwrite buffers, by the way on which modules notice it."""
+        self.engine.module.load_state_dict(buffers, strict=False)
 
     def optimizer_step(self) -> int:
         """Updates done by the optimizer, as its bias correction counts them."""
