@@ -227,7 +227,7 @@ EXPERT, DENSE = "backbone.blocks.1.mlp.experts.2.fc1_weight", "heads.digits.line
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], list[str]]] = {
     "metadata of another program": (lambda t, m: (m.clear(), m.update(format="pt")), ["format 'pt', expected '2'"]),
-    "a later format": (lambda t, m: m.update(format="2"), ["format '2', expected '2'"]),
+    "a later format": (lambda t, m: m.update(format="3"), ["format '3', expected '2'"]),
     "no recipe": (lambda t, m: m.pop("recipe"), ["not written by modsquad_ds"]),
     "a recipe that is no JSON": (lambda t, m: m.update(recipe="{"), ["damaged", "copy it again"]),
     "a recipe with an unknown key": (recipe_with("layot", 1), ["recipe inside", "model.layot: unknown key"]),
