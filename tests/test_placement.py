@@ -200,7 +200,7 @@ def test_moves_are_of_experts_and_routers_alone() -> None:
     network = build_network(small_recipe(**{"model.router.type": "mlp"}))
     moves = expert_moves(network, [(0, 1, 2, 3), (3, 2, 1, 0), (0, 1, 2, 3), (0, 1, 2, 3)])
     bank = {f"experts.{name}": 0 for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")}
-    axes = bank | {"router.weight": 1, "router.bias": 1}
+    axes = bank | {"router.weight": 1, "router.bias": 1, "router.visible": 1}
     assert {name: move.axis for name, move in moves.items()} == {f"backbone.blocks.0.mlp.{n}": a for n, a in axes.items()}
     state = network.state_dict()
     assert all(tensor is state[name] for name, tensor in permute_experts(state, moves).items() if name not in moves)
