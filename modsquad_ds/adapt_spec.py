@@ -46,8 +46,8 @@ class AdaptSpec(Strict):
     train: Literal["heads", "routers", "routers+heads", "experts", "all"] = "all"
     """What learns, of the adapted tasks: their heads; their routers and task embeddings; both; both and some experts; or the
     whole network. All else is frozen: its bytes stay, it has no optimizer state, and no gradient of it is communicated."""
-    experts: int = Field(1, gt=0)
-    """`train: experts`: how many of each sparse layer learn."""
+    experts: int | None = Field(None, gt=0)
+    """`train: experts`: how many of each sparse layer learn; default 1, and all with `choose: added`."""
     choose: Literal["best", "worst", "added"] = "best"
     """Which: those that the adapted tasks use most (for tasks not seen yet: all the file's tasks), those they use least, or
     those that no other task sees (`expand` adds such)."""

@@ -33,7 +33,7 @@ from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
 from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_experts, permute_usage
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -43,6 +43,8 @@ class Progress(NamedTuple):
     step: int
     """Optimizer steps done."""
     usage: tuple[Usage, ...]
+    chosen: tuple[tuple[int, ...], ...] = ()
+    """Per sparse layer, the experts that learn where only some do (`trainable.py`)."""
 
 
 Place = Callable[[tuple[Usage, ...]], Sequence[Order]]
@@ -84,6 +86,7 @@ def save(run: Path, state: TrainingState, progress: Progress, recipe: dict[str, 
             "shapes": {n: list(s) for n, s in state.shapes().items()},
             "files": files,
             "layers": len(progress.usage),
+            "chosen": progress.chosen,
             "recipe": recipe,
         }
         write_json(partial / "state.json", content)
@@ -117,7 +120,7 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
     state.load(reader.full, content["optimizer_step"])
     buffers = {name: tensors.get_tensor(f"buffer.{name}") for name in state.buffers()}
     state.load_buffers(permute_experts(buffers, moves))
-    return Progress(content["step"], usage)
+    return Progress(content["step"], usage, tuple(map(tuple, content["chosen"])))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -161,6 +161,8 @@ class Recipe(Strict):
         strange = [name for name in self.adapt.tasks if name not in self.active]
         if strange:
             raise ValueError(f"adapt.tasks names {', '.join(strange)}, not among this run's tasks: {', '.join(self.active)}")
+        if (self.adapt.train != "all" or self.adapt.router_steps) and self.parallel.placement == "balanced":
+            raise ValueError("parallel.placement balanced moves experts, which a network that is partly frozen cannot; use fixed")
         for key, ep, moe in (
             ("ep_size", self.parallel.ep_size, self.model.mlp),
             ("attention_ep_size", self.parallel.attention_ep_size, self.model.attention),

@@ -1,15 +1,17 @@
 """From a recipe to what the loader has to do on one rank. Shared by train.py and evaluate.py."""
 
+from collections.abc import Mapping
+
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.loader import LoaderPlan
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.tasks import TaskSpec
 
 
-def loader_plan(recipe: Recipe, ranks: Ranks) -> LoaderPlan:
-    """What the recipe says about data, for this rank."""
+def loader_plan(recipe: Recipe, ranks: Ranks, tasks: Mapping[str, TaskSpec] | None = None) -> LoaderPlan:
+    """What the recipe says about data, for this rank; of all its tasks, or of some."""
     return LoaderPlan(
-        tasks=recipe.active,
+        tasks=dict(recipe.active if tasks is None else tasks),
         root=recipe.data_root,
         seed=recipe.seed,
         sampling=recipe.train.sampling,

@@ -26,19 +26,22 @@ from modsquad_ds.data.types import Batch, SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import make_folder, write_json
 from modsquad_ds.model.heads import check_norm
-from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_network
+from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.objective import Objective, Report, Usage, flatten, no_usage, unflatten, updated_usage
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import broadcast_json, sum_over_ranks
 from modsquad_ds.parallel.engine import build_engine, in_bf16, read_deepspeed_config
 from modsquad_ds.parallel.experts import ep_size_of
+from modsquad_ds.parallel.frozen import overlaid
 from modsquad_ds.parallel.optimizer import learning_rate_factor, set_learning_rate
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState, gather_network
 from modsquad_ds.placement import Order, balanced_order, expert_load, imbalance
 from modsquad_ds.plan import loader_plan, step_tokens
 from modsquad_ds.runlog import RunLog
+from modsquad_ds.start import Start, start_of
+from modsquad_ds.trainable import Chosen, Trainable, choose_experts, trainable_entries
 
 
 class Work(NamedTuple):
@@ -62,6 +65,12 @@ class Trainer:
     average: dict[str, Tensor]
     """Moving average of the weights by parameter name; empty without `train.ema`."""
     usage: tuple[Usage, ...] = ()
+    start: Start | None = None
+    """The network's start, where not everything learns: the frozen part of the model file that training leaves."""
+    trainable: Trainable | None = None
+    """What learns; None: everything."""
+    chosen: Chosen = ()
+    """The experts that learn, with `adapt.train: experts`."""
 
     @property
     def network(self) -> MultiTaskNetwork:
@@ -77,11 +86,11 @@ class Trainer:
 def train(recipe: Recipe) -> None:
     """Run a recipe to its end, from its newest checkpoint if there is one. Every rank calls it."""
     ranks = launch.start(recipe.parallel.timeout_minutes)
-    plan = loader_plan(recipe, ranks)
+    plan = loader_plan(recipe, ranks, recipe.adapted)
     check_data(plan)
     if ranks.first:
         make_folder(recipe.run, "run")
-    trainer = build_trainer(recipe, ranks)
+    trainer = build_trainer(recipe, ranks, *progress_of(recipe))
     start = resume(trainer)
     steps = recipe.train.steps
     if ranks.first:
@@ -101,6 +110,8 @@ def train(recipe: Recipe) -> None:
                 log.advance(done)
                 if due(done, recipe.train.log_every, steps):
                     log.record(record)
+            if done == recipe.adapt.router_steps:
+                trainer = widened(trainer, done)
             if due(done, recipe.train.checkpoint_every, steps):
                 save(trainer, done)
                 clock = time.monotonic()
@@ -108,16 +119,50 @@ def train(recipe: Recipe) -> None:
     launch.stop()
 
 
-def build_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:
-    """Network, engine and objective at step 0."""
+def build_trainer(recipe: Recipe, ranks: Ranks, done: int = 0, chosen: Chosen = ()) -> Trainer:
+    """Network, engine and objective as they are after `done` steps, but with the weights of step 0."""
+    return trainer_from(start_of(recipe), recipe, ranks, done, chosen)
+
+
+def trainer_from(start: Start, recipe: Recipe, ranks: Ranks, done: int, chosen: Chosen) -> Trainer:
+    """The trainer of a start, whose network becomes the engine's. Experts are chosen here if they have to be and are not yet."""
     bf16 = in_bf16(read_deepspeed_config(recipe.deepspeed_config))
     for spec in recipe.active.values():
         check_norm(spec, launch.device().type, ranks.world, bf16)
-    engine = build_engine(build_network(recipe), recipe, ranks)
+    if recipe.adapt.train == "experts" and done >= recipe.adapt.router_steps and not chosen:
+        # Rank 0's choice: another processor may round a share of use differently.
+        chosen = tuple(map(tuple, broadcast_json(choose_experts(start.network, recipe, start.usage))))
+    trainable = trainable_entries(start.network, recipe, done, chosen)
+    engine = build_engine(start.network, recipe, ranks, trainable)
     average = {}
     if recipe.train.ema:
         average = {n: p.detach().float().clone() for n, p in engine.module.named_parameters() if p.requires_grad}
-    return Trainer(recipe, ranks, engine, Objective(recipe, ranks.world), average)
+    usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in start.usage)
+    if trainable is None or not ranks.first:
+        start = start._replace(whole={})  # nobody asks for it, and it is as large as the network
+    return Trainer(recipe, ranks, engine, Objective(recipe, ranks.world), average, usage, start, trainable, chosen)
+
+
+def widened(trainer: Trainer, done: int) -> Trainer:
+    """The trainer that goes on once routers and heads have learned alone: with all that learns by now, from the same weights.
+
+    Optimizer state and weight average begin anew: they are of other parameters.
+    """
+    assert trainer.start is not None and trainer.trainable is not None
+    learned = gather_network(trainer.network, {})  # whole on every rank, since no expert is in it
+    start = start_of(trainer.recipe, quiet=True)
+    start.network.load_state_dict(overlaid(start.whole, learned, trainer.trainable))
+    trainer.engine.destroy()
+    return trainer_from(start._replace(usage=trainer.usage), trainer.recipe, trainer.ranks, done, ())
+
+
+def progress_of(recipe: Recipe) -> tuple[int, Chosen]:
+    """Steps done by the newest complete checkpoint, and the experts that learn there."""
+    found = checkpoint.complete_checkpoints(recipe.run)
+    if not found:
+        return 0, ()
+    saved = checkpoint.read_state(found[-1])
+    return saved["step"], tuple(map(tuple, saved["chosen"]))
 
 
 def resume(trainer: Trainer) -> int:
@@ -144,7 +189,9 @@ def place_experts(trainer: Trainer, usage: Sequence[Usage]) -> list[Order]:
 
     Rank 0's count on every rank: different processors may round a load differently, and different orders lose experts.
     """
-    token_T = step_tokens(loader_plan(trainer.recipe, trainer.ranks))
+    plan = loader_plan(trainer.recipe, trainer.ranks, trainer.recipe.adapted)
+    tokens = dict(zip(plan.tasks, step_tokens(plan), strict=True))
+    token_T = [tokens.get(name, 0.0) for name in trainer.network.task_names]
     orders, told = [], []
     for (path, layer), seen in zip(trainer.network.backbone.sparse_layers().items(), usage, strict=True):
         ranks = ep_size_of(layer, trainer.recipe.parallel)
@@ -258,15 +305,19 @@ def stop_if_not_finite(trainer: Trainer, record: Mapping[str, Any]) -> None:
 def save(trainer: Trainer, step: int) -> None:
     """Write a training checkpoint."""
     recipe = trainer.recipe
-    progress = Progress(step, trainer.usage)
+    progress = Progress(step, trainer.usage, trainer.chosen)
     checkpoint.save(recipe.run, trainer.state, progress, recipe_to_tree(recipe), trainer.ranks, recipe.train.keep_checkpoints)
 
 
 def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
-    """Write RUN/model.safetensors on rank 0, with averaged weights if the recipe keeps them."""
+    """Write RUN/model.safetensors on rank 0, with averaged weights if the recipe keeps them and frozen bytes as they were."""
     state = gather_network(trainer.network, trainer.average)
     if trainer.ranks.first:
-        classes = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+        known = trainer.start.classes if trainer.start is not None else {}
+        if trainer.start is not None and trainer.trainable is not None:
+            state = overlaid(trainer.start.whole, state, trainer.trainable)
+        own = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+        classes = {task: own.get(task) or known[task] for task in trainer.recipe.active}
         write_model(trainer.recipe.run / "model.safetensors", ModelFile(trainer.recipe, state, classes, trainer.usage))
 
 

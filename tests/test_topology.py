@@ -85,7 +85,7 @@ def assert_same(found: Curve, expected: Curve, tolerance: float, norms: bool = T
         if norms:
             assert a[-1] == pytest.approx(b[-1], rel=tolerance if step < 2 else 10 * tolerance), f"gradient norm of step {step}"
     for name, weight in expected.weights.items():
-        apart = (found.weights[name] - weight).float().square().mean().sqrt().item()
+        apart = (found.weights[name].float() - weight.float()).square().mean().sqrt().item()
         assert apart <= tolerance / 2, f"{name}: {apart} root mean square"
 
 
@@ -102,7 +102,7 @@ def test_it_learns_and_depends_on_clipping(truth: dict[bool, Curve]) -> None:
     """The yardstick itself moves: equal curves below are not equal because nothing happens."""
     assert truth[False].values[-1][0] < truth[False].values[0][0] - 0.1
     assert truth[True].values[0][-1] > 1.0
-    differ = [(truth[True].weights[n] - w).abs().max().item() for n, w in truth[False].weights.items()]
+    differ = [(truth[True].weights[n].float() - w.float()).abs().max().item() for n, w in truth[False].weights.items()]
     assert max(differ) > 1e-5
 
 

@@ -15,9 +15,11 @@ from modsquad_ds.config import Recipe
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.parallel.experts import spread_experts
+from modsquad_ds.parallel.frozen import freeze
 from modsquad_ds.parallel.lamb import Lamb, attach_zero
 from modsquad_ds.parallel.optimizer import build_optimizer
 from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.trainable import Trainable
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 OWNED = {
@@ -100,11 +102,19 @@ def limit_groups(timeout: timedelta) -> None:
             set_timeout(timeout, group)
 
 
-def build_engine(network: MultiTaskNetwork, recipe: Recipe, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
-    """Spread the experts, build the optimizer and wrap both. `network` is changed in place and is `engine.module` afterwards."""
+def build_engine(
+    network: MultiTaskNetwork, recipe: Recipe, ranks: Ranks, trainable: Trainable | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """Spread the experts, freeze what does not learn, build the optimizer and wrap all.
+
+    `network` is changed in place and is `engine.module` afterwards. `trainable`: what learns; None: everything.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = complete_config(read_deepspeed_config(recipe.deepspeed_config), recipe, ranks.world)
-    spread_experts(network.backbone, recipe.parallel, ranks)
+    whole = network.state_dict()
+    spread_experts(network.backbone, recipe.parallel, ranks, learn=trainable is None)
+    if trainable is not None:
+        freeze(network, trainable, whole)
     optimizer = build_optimizer(network, recipe.train.optimizer)
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=optimizer, config=config, dist_init_required=False

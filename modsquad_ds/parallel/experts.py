@@ -6,6 +6,10 @@ parameters marked with a group inside that group. So each spread layer gets a pa
 group: DeepSpeed's own checkpoints, which need other names and cannot change the group's size, are not used (checkpoint.py).
 """
 
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
@@ -60,24 +64,40 @@ def check_parallel(spec: ParallelSpec, world: int) -> None:
             )
 
 
-def spread_experts(backbone: SparseViT, spec: ParallelSpec, ranks: Ranks) -> None:
-    """Keep this rank's share of every layer's experts and connect the layers, in place. Layers with a group of 1 stay whole."""
+def spread_experts(backbone: SparseViT, spec: ParallelSpec, ranks: Ranks, learn: bool = True) -> None:
+    """Keep this rank's share of every layer's experts and connect the layers, in place. Layers with a group of 1 stay whole.
+
+    With `learn` off DeepSpeed is not told of the experts: it has nothing to reduce for them, and refuses sparse layers none of
+    whose experts learn. The groups are then made here.
+    """
     check_parallel(spec, ranks.world)
+    made: dict[int, Any] = {}
     for layer in backbone.sparse_layers().values():
         ep_size, bank = ep_size_of(layer, spec), layer.experts
         if ep_size == 1:
             continue
         local = bank.num_experts // ep_size
         bank.keep(first=ranks.rank % ep_size * local, local=local)
+        dispatcher = AllToAllDispatcher(bank.num_experts, ep_size)
+        layer.dispatcher = dispatcher
+        if not learn:
+            made[ep_size] = dispatcher.group = made.get(ep_size) or group_of_size(ep_size, spec, ranks)
+            continue
         for parameter in bank.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name(ep_size)  # type: ignore[attr-defined]
-        dispatcher = AllToAllDispatcher(bank.num_experts, ep_size)
-        layer.dispatcher = dispatcher
         layer.parallel_group = ExpertParallelGroup(bank.num_experts, ep_size, dispatcher)
     if spec.capacity_factor is not None:
         for layer in backbone.sparse_layers().values():
             layer.training_dispatcher = with_capacity(layer, spec.capacity_factor)
+
+
+def group_of_size(ep_size: int, spec: ParallelSpec, ranks: Ranks) -> dist.ProcessGroup:
+    """This rank's group of `ep_size` consecutive ranks. Every rank calls it."""
+    members = [list(range(first, first + ep_size)) for first in range(0, ranks.world, ep_size)]
+    own, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(minutes=spec.timeout_minutes))
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def with_capacity(layer: SparseLayer, capacity_factor: float) -> CapacityDispatcher:

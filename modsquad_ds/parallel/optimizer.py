@@ -81,7 +81,7 @@ def _decayed(network: nn.Module) -> set[int]:
         if isinstance(module, MATRICES):
             found.add(id(module.weight))
         elif isinstance(module, ExpertBank | Router):
-            found.update(id(p) for p in module.parameters(recurse=False) if p.dim() == 3)
+            found.update(id(p) for p in module.parameters() if p.dim() == 3)
     return found
 
 

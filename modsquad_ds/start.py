@@ -1,0 +1,27 @@
+"""What a run starts from: the recipe's network with its first weights, and what is known of them. Used by train.py."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from modsquad_ds.config import Recipe
+from modsquad_ds.model.network import MultiTaskNetwork, build_network
+from modsquad_ds.objective import Usage
+
+
+class Start(NamedTuple):
+    """A network at step 0."""
+
+    network: MultiTaskNetwork
+    whole: dict[str, Tensor]
+    """Its state dict, in the precision of the file that it came from: the network itself may be spread, frozen and cast later."""
+    usage: tuple[Usage, ...]
+    """Per sparse layer; empty where nothing is known."""
+    classes: dict[str, list[str]]
+    """Class names of the tasks that the file knows."""
+
+
+def start_of(recipe: Recipe, quiet: bool = False) -> Start:
+    """The recipe's start: the same on every rank."""
+    network = build_network(recipe)
+    return Start(network, network.state_dict(), (), {})
