@@ -46,6 +46,25 @@ def mutual_information(joint_TE: Tensor) -> Tensor:
     return torch.special.xlogy(joint_TE, _safe(joint_TE)).sum() - torch.special.xlogy(joint_TE, _safe(independent_TE)).sum()
 
 
+def concentration(prob_TE: Tensor, token_T: Tensor, memory_TE: Tensor) -> Tensor:
+    """Cross entropy, nats, of each present task's routing P(e | t) with what it is remembered by, mean over these tasks.
+
+    Small where a task keeps to few experts: the remembered share of an expert draws more of the routing to it. Gradients reach
+    the present routing alone. The fine-tuning term of arXiv 2306.17165, without its constants.
+
+    Args:
+        prob_TE: sums over tokens of the routers' softmax.
+        token_T: tokens of each task; 0 for a task absent from the step.
+        memory_TE: remembered P(e | t); a row of zeros is unknown, and the present routing stands for it.
+    """
+    present_T1 = (token_T > 0).unsqueeze(1)
+    conditional_TE = prob_TE / token_T.clamp(min=1).unsqueeze(1)
+    known_T1 = memory_TE.sum(1, keepdim=True) > 0
+    drawn_to_TE = torch.where(known_T1, memory_TE, conditional_TE.detach())
+    entropy_T = -(conditional_TE * (drawn_to_TE + 1e-4).log()).sum(1, keepdim=True)
+    return torch.where(present_T1, entropy_T, 0.0).sum() / present_T1.sum().clamp(min=1)
+
+
 def load_balance(prob_TE: Tensor, count_TE: Tensor) -> Tensor:
     """E * sum_e f_e P_e over all tasks' tokens: 1 when balanced. Switch Transformer (arXiv 2101.03961), equation 4."""
     share_E = count_TE.sum(0) / count_TE.sum().clamp(min=1)

@@ -86,6 +86,7 @@ class Objective:
 
     def __init__(self, recipe: Recipe, world: int) -> None:
         self.spec: LossSpec = recipe.loss
+        self.concentrate = recipe.adapt.concentrate
         self.tasks = recipe.active
         self.world = world
 
@@ -141,10 +142,12 @@ class Objective:
             balance.append(losses.load_balance(prob_TE, all_ranks.count_TE))
             lse2_T = losses.localized(all_ranks.lse2_T, mine.lse2_T, self.world)
             z = losses.router_z(lse2_T, all_ranks.token_T)
+            concentration = losses.concentration(prob_TE, all_ranks.token_T, remembered.prob_TE) if self.concentrate else 0.0
             for weight, value in (
                 (-self.spec.mutual_information, information[-1]),
                 (self.spec.load_balance, balance[-1]),
                 (self.spec.z_loss, z),
+                (self.concentrate, concentration),
             ):
                 loss = loss + weight * value if weight else loss
         return loss, _vector(information), _vector(balance)

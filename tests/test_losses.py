@@ -67,6 +67,22 @@ def test_mutual_information_over_ranks_has_the_gradient_of_one_process() -> None
     assert_close(sum(gradients), expected)
 
 
+def test_concentration_by_hand() -> None:
+    """Task 0 routes evenly and is remembered as (3/4, 1/4); task 1 is absent; task 2 is not remembered: its own entropy."""
+    prob = torch.tensor([[5.0, 5.0], [0.0, 0.0], [1.0, 3.0]], requires_grad=True)
+    memory = torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.0, 0.0]])
+    value = losses.concentration(prob, torch.tensor([10.0, 0.0, 4.0]), memory)
+    first = -0.5 * (math.log(0.75) + math.log(0.25))
+    third = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert value.item() == pytest.approx((first + third) / 2, abs=2e-4)
+    value.backward()
+    assert prob.grad is not None
+    # d/d prob[0] = -log(memory) / (10 tokens * 2 tasks): going down, more of the routing goes to the remembered expert.
+    assert prob.grad[0].tolist() == pytest.approx([-math.log(0.75) / 20, -math.log(0.25) / 20], abs=1e-4)
+    assert prob.grad[1].tolist() == [0, 0]
+    assert prob.grad[2].tolist() == pytest.approx([-math.log(0.25) / 8, -math.log(0.75) / 8], abs=1e-4)
+
+
 def test_load_balance_by_hand() -> None:
     # f = (3/4, 1/4), P = (0.6, 0.4): 2 * (0.45 + 0.1) = 1.1
     value = losses.load_balance(torch.tensor([[6.0, 4.0]]), torch.tensor([[3.0, 1.0]]))
