@@ -127,7 +127,7 @@ def test_frozen_network_computes_the_same_and_its_parts_have_the_entries_gradien
     whole = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     trainable = trainable_entries(frozen, recipe, 0, ONE)
     assert trainable is not None
-    freeze(frozen, trainable, frozen.state_dict())
+    freeze(frozen, trainable, frozen.state_dict(), torch.float32)
     images = {"digits": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     outputs = [n(images).outputs["digits"]["logits"] for n in (network, frozen)]
     assert torch.equal(*outputs), "bit for bit"
@@ -162,7 +162,7 @@ def test_frozen_bytes_keep_their_precision() -> None:
     whole = dict(network.state_dict())
     trainable = trainable_entries(network, recipe)
     assert trainable is not None
-    freeze(network, trainable, whole)
+    freeze(network, trainable, whole, torch.float32)
     network.float()
     after = overlaid(whole, network.state_dict(), trainable)
     assert {tensor.dtype for name, tensor in after.items() if not name.endswith("visible")} == {torch.bfloat16}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
@@ -114,7 +115,7 @@ def build_engine(
     whole = network.state_dict()
     spread_experts(network.backbone, recipe.parallel, ranks, learn=trainable is None)
     if trainable is not None:
-        freeze(network, trainable, whole)
+        freeze(network, trainable, whole, torch.bfloat16 if in_bf16(config) else torch.float32)
     optimizer = build_optimizer(network, recipe.train.optimizer)
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=optimizer, config=config, dist_init_required=False

@@ -22,7 +22,7 @@ PART = ".parametrizations."
 """Stands in the name that torch gives the small parameter: `x.router.parametrizations.weight.original` of `x.router.weight`."""
 
 
-def freeze(network: MultiTaskNetwork, trainable: Trainable, whole: Mapping[str, Tensor]) -> None:
+def freeze(network: MultiTaskNetwork, trainable: Trainable, whole: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Keep as parameters only what `trainable` names; experts may be spread already. Changes `network` in place.
 
     `state_dict()` then holds what learns and the buffers alone. A head of which nothing learns is in evaluation mode: its
@@ -30,15 +30,17 @@ def freeze(network: MultiTaskNetwork, trainable: Trainable, whole: Mapping[str, 
 
     Args:
         whole: the network's state dict before experts were spread.
+        dtype: what training computes in; DeepSpeed casts parameters alone.
     """
     for path, module in list(network.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{path}.{name}" if path else name
             if full_name not in trainable:
                 delattr(module, name)
-                module.register_buffer(name, parameter.data, persistent=False)
+                module.register_buffer(name, parameter.data.to(dtype), persistent=False)
             elif (entries := trainable[full_name]) is not None:
-                _split(module, name, parameter, entries, whole[full_name])
+                part = nn.Parameter(whole[full_name][list(entries)].to(parameter.dtype, copy=True))
+                _split(module, name, part, entries, dtype)
     for head in network.heads.values():
         if not any(True for _ in head.parameters()):
             head.eval()
@@ -98,13 +100,14 @@ class _Inserted(torch.autograd.Function):
         return None, grad_part.index_copy_(0, there, grads[0].index_select(0, here)), None, None
 
 
-def _split(module: nn.Module, name: str, parameter: nn.Parameter, entries: tuple[int, ...], whole: Tensor) -> None:
+def _split(module: nn.Module, name: str, part: nn.Parameter, entries: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Put the part in the place of a stacked parameter, of which the rest is frozen."""
+    frozen = module.get_parameter(name)
     first = module.first if isinstance(module, ExpertBank) else 0
-    places = [(entry - first, i) for i, entry in enumerate(entries) if 0 <= entry - first < parameter.shape[0]]
-    part = nn.Parameter(whole[list(entries)].clone())
-    if getattr(parameter, "stacked", False):
+    places = [(entry - first, i) for i, entry in enumerate(entries) if 0 <= entry - first < len(frozen)]
+    if getattr(frozen, "stacked", False):
         part.stacked = True  # type: ignore[attr-defined]
     delattr(module, name)
     module.register_parameter(name, part)
-    inserted = _Whole(parameter.data, [here for here, _ in places], [there for _, there in places])
+    inserted = _Whole(frozen.data.to(dtype), [here for here, _ in places], [there for _, there in places])
     parametrize.register_parametrization(module, name, inserted, unsafe=True)
