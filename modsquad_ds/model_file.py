@@ -64,7 +64,8 @@ def read_model(path: Path) -> ModelFile:
     except (OSError, SafetensorError) as error:
         raise UserError(f"model {path}: not a readable safetensors file ({error}); copy it again") from None
     if metadata.get("format") != FORMAT or "recipe" not in metadata:
-        whose = "written by another version; use that one, or train again" if "recipe" in metadata else "not a model of modsquad_ds"
+        ours = "recipe" in metadata
+        whose = "written by another version; use that one, or train again" if ours else "not a model of modsquad_ds"
         raise UserError(f"model {path}: format {metadata.get('format')!r}, expected {FORMAT!r}: {whose}")
     if metadata.get("checksum") != checksum_of(tensors, metadata):
         raise UserError(f"model {path}: its content differs from its checksum: edited or damaged; copy or make it again")

@@ -20,6 +20,7 @@ RUNGS = (
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),
     ("objective", "model_file", "placement"),
+    ("structure", "selection", "surgery"),
     ("parallel.*",),
     ("checkpoint", "plan", "runlog"),
     ("train", "evaluate", "predict", "tables", "report"),

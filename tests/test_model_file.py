@@ -229,7 +229,7 @@ OTHER = "backbone.blocks.1.mlp.experts.3.fc1_weight"
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], list[str]]] = {
     "metadata of another program": (lambda t, m: (m.clear(), m.update(format="pt")), ["format 'pt', expected '2'"]),
-    "a later format": (lambda t, m: m.update(format="3"), ["format '3', expected '2'", "written by another version; use that one"]),
+    "a later format": (lambda t, m: m.update(format="3"), ["format '3', expected '2'", "by another version; use that one"]),
     "no recipe": (lambda t, m: m.pop("recipe"), ["not a model of modsquad_ds"]),
     "a recipe that is no JSON": (lambda t, m: m.update(recipe="{"), ["damaged", "copy it again"]),
     "a recipe with an unknown key": (recipe_with("layot", 1), ["recipe inside", "model.layot: unknown key"]),
