@@ -22,10 +22,10 @@ RUNGS = (
     ("objective", "model_file", "placement"),
     ("structure", "selection", "surgery"),
     ("parallel.*",),
-    ("checkpoint", "plan", "runlog"),
-    ("train", "evaluate", "predict", "tables", "report"),
+    ("checkpoint", "plan", "runlog", "costs"),
+    ("train", "evaluate", "predict", "tables", "report", "usage"),
     ("bench.*",),
-    ("cli", "cli_bench", "__main__"),
+    ("cli", "cli_bench", "cli_modular", "__main__"),
 )
 # Who alone may import what.
 OWNERS = {
