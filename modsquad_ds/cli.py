@@ -144,7 +144,8 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folde
     print_comparison(runs)
 
 
-app.command()(cli_modular.usage)
+for command in (cli_modular.usage, cli_modular.extract, cli_modular.expand):
+    app.command()(command)
 
 
 @app.command(hidden=True)

@@ -62,13 +62,17 @@ def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> 
     return results
 
 
-def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan, split: str) -> Results:
-    """Metrics of every task of the plan. Every rank calls it with its own plan and gets the same results."""
+def evaluate_network(
+    network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan, split: str, quiet: bool = False
+) -> Results:
+    """Metrics of every task of the recipe. Every rank calls it with its own plan and gets the same results."""
     network = network.to(launch.device()).eval()
     results: Results = {}
     for task, spec in recipe.active.items():
         metric = METRICS[spec.kind](spec.num_classes)
-        for sub, predictions in predict_split(network, plan, task, split, workers=recipe.train.workers):
+        for sub, predictions in predict_split(
+            network, plan, task, split, workers=recipe.train.workers, quiet=quiet
+        ):
             metric.update(predictions, sub)
         metric.merge(gather_json(metric.state()))
         values = metric.compute()
@@ -78,20 +82,26 @@ def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan
 
 @torch.inference_mode()
 def predict_split(
-    network: MultiTaskNetwork, plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0
+    network: MultiTaskNetwork,
+    plan: LoaderPlan,
+    task: str,
+    split: str,
+    first: int | None = None,
+    workers: int = 0,
+    quiet: bool = False,
 ) -> Iterator[tuple[SubBatch, list[dict[str, Any]]]]:
     """Batches of a split with the network's predictions; of the first `first` images only, if given."""
-    for sub in split_batches(plan, task, split, first, workers):
+    for sub in split_batches(plan, task, split, first, workers, quiet):
         yield sub, predict_batch(network, task, sub)
 
 
 def split_batches(
-    plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0
+    plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0, quiet: bool = False
 ) -> Iterator[SubBatch]:
-    """This rank's batches of a split, of the first `first` images only, if given. A progress bar on a terminal."""
+    """This rank's batches of a split, of the first `first` images only, if given. A progress bar on a terminal, or `quiet`."""
     batches = eval_batches(plan, task, split, BATCH_IMAGES, workers)
     total = len(batches) if first is None else min(len(batches), -(-first // BATCH_IMAGES))
-    quiet = plan.rank != 0 or not Console().is_terminal
+    quiet = quiet or plan.rank != 0 or not Console().is_terminal
     shown = track(batches, description=f"{task} {split}", total=total, disable=quiet, transient=True)
     for i, sub in enumerate(shown):
         if i == total:

@@ -1,4 +1,4 @@
-"""Expansion: a model file and a new task's entry in, a larger model file and the recipe that trains it out. One process, no ranks.
+"""Expansion: a model file and a new task's entry in, a larger model file and the recipe that trains it out. One process.
 
     OUT (a model file)  OUT with .yaml in place of its ending (the recipe)
 """
@@ -82,7 +82,7 @@ def _yaml(text: str) -> Any:
         try:
             content = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--task {text}: cannot be read ({error}); give a YAML file, or an entry such as '{EXAMPLE}'") from None
+            raise UserError(f"--task {text}: cannot be read ({error}); give a YAML file, or an entry: '{EXAMPLE}'") from None
     try:
         return yaml.load(content, UniqueKeys)
     except yaml.YAMLError as error:
@@ -114,8 +114,8 @@ def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Rec
 
 
 def _tell(model: ModelFile, larger: ModelFile, name: str, out: Path, recipe_file: Path) -> None:
-    table = Table(title=f"task {name}: {larger.recipe.tasks[name].kind}, {', '.join(larger.classes[name][:5])}", box=box.SIMPLE_HEAD)
-    table.title_justify = "left"
+    title = f"task {name}: {larger.recipe.tasks[name].kind}, {len(larger.classes[name])} classes"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("sparse layer", overflow="fold")
     for heading in ("experts", "now", "parameters more"):
         table.add_column(heading, justify="right")
