@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modsquad_ds import __version__
+from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel.ranks import Ranks, ranks_from
@@ -142,6 +142,10 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folde
     from modsquad_ds.tables import print_comparison
 
     print_comparison(runs)
+
+
+for command in (cli_modular.usage, cli_modular.extract, cli_modular.expand):
+    app.command()(command)
 
 
 @app.command(hidden=True)

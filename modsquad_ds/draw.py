@@ -6,7 +6,7 @@ Pictures come in as uint8 RGB tensors `[3, H, W]` and go out as PIL images; boxe
 import colorsys
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -342,23 +343,35 @@ def png(image: Image.Image) -> bytes:
 
 def heat_map(prob_TE: Tensor, tasks: Sequence[str], title: str) -> Figure:
     """P(expert | task) of one sparse layer: a row per task, a column per expert."""
-    rows, experts = prob_TE.shape
-    size = (min(max(6.0, 2.5 + 0.62 * experts), 13.0), 1.9 + 0.5 * rows)
+    return heat_maps({"P(expert | task)": prob_TE}, tasks, title)
+
+
+def heat_maps(tables_TE: Mapping[str, Tensor], tasks: Sequence[str], title: str) -> Figure:
+    """Tables of one sparse layer, one below the other under the names of their values, each with a scale of its own."""
+    rows, experts = next(iter(tables_TE.values())).shape
+    size = (min(max(6.0, 2.5 + 0.62 * experts), 13.0), 0.5 + len(tables_TE) * (1.4 + 0.5 * rows))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots()
-    most = max(float(prob_TE.max()), 1e-6)
-    image = axes.imshow(prob_TE.float().numpy(), cmap="cividis", vmin=0, vmax=most, aspect="auto")
-    axes.set_xticks(range(0, experts, 1 + experts // 33))
-    axes.set_yticks(range(rows), tasks)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("task")
-    axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="P(expert | task)")
-    if max(rows, experts) <= NUMBERED_SIDE:
-        for (row, column), value in np.ndenumerate(prob_TE.float().numpy()):
-            ink = "black" if value > 0.55 * most else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
+    all_axes = figure.subplots(len(tables_TE), 1, squeeze=False)[:, 0]
+    for axes, (label, table_TE) in zip(all_axes, tables_TE.items(), strict=True):
+        most = max(float(table_TE.max()), 1e-6)
+        image = axes.imshow(table_TE.float().numpy(), cmap="cividis", vmin=0, vmax=most, aspect="auto")
+        axes.set_xticks(range(0, experts, 1 + experts // 33))
+        axes.set_yticks(range(rows), tasks)
+        axes.set_xlabel("expert")
+        axes.set_ylabel("task")
+        figure.colorbar(image, ax=axes, label=label)
+        write_numbers(axes, table_TE, most)
+    all_axes[0].set_title(title, fontsize=11)
     return figure
+
+
+def write_numbers(axes: Axes, table: Tensor, most: float) -> None:
+    """The numbers of a table into the cells of its picture, where they are few; `most` is the end of the colours' scale."""
+    if max(table.shape) > NUMBERED_SIDE:
+        return
+    for (row, column), value in np.ndenumerate(table.float().numpy()):
+        ink = "black" if value > 0.55 * most else "white"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
 
 
 def figure_png(figure: Figure) -> bytes:

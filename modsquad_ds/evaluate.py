@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
@@ -52,7 +53,7 @@ def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> 
     recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
     plan = loader_plan(recipe, ranks)
     check_split(plan, split)
-    _check_classes(model, plan, split)
+    check_classes(model, plan, split)
     results: dict[str, Any] = evaluate_network(network_of(model, str(path)), recipe, plan, split)
     results["untrained"] = evaluate_network(build_network(recipe), recipe, plan, split)
     if ranks.first:
@@ -61,13 +62,17 @@ def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> 
     return results
 
 
-def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan, split: str) -> Results:
-    """Metrics of every task of the plan. Every rank calls it with its own plan and gets the same results."""
+def evaluate_network(
+    network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan, split: str, quiet: bool = False
+) -> Results:
+    """Metrics of every task of the recipe. Every rank calls it with its own plan and gets the same results."""
     network = network.to(launch.device()).eval()
     results: Results = {}
     for task, spec in recipe.active.items():
         metric = METRICS[spec.kind](spec.num_classes)
-        for sub, predictions in predict_split(network, plan, task, split, workers=recipe.train.workers):
+        for sub, predictions in predict_split(
+            network, plan, task, split, workers=recipe.train.workers, quiet=quiet
+        ):
             metric.update(predictions, sub)
         metric.merge(gather_json(metric.state()))
         values = metric.compute()
@@ -77,36 +82,54 @@ def evaluate_network(network: MultiTaskNetwork, recipe: Recipe, plan: LoaderPlan
 
 @torch.inference_mode()
 def predict_split(
-    network: MultiTaskNetwork, plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0
+    network: MultiTaskNetwork,
+    plan: LoaderPlan,
+    task: str,
+    split: str,
+    first: int | None = None,
+    workers: int = 0,
+    quiet: bool = False,
 ) -> Iterator[tuple[SubBatch, list[dict[str, Any]]]]:
     """Batches of a split with the network's predictions; of the first `first` images only, if given."""
+    for sub in split_batches(plan, task, split, first, workers, quiet):
+        yield sub, predict_batch(network, task, sub)
+
+
+def split_batches(
+    plan: LoaderPlan, task: str, split: str, first: int | None = None, workers: int = 0, quiet: bool = False
+) -> Iterator[SubBatch]:
+    """This rank's batches of a split, of the first `first` images only, if given. A progress bar on a terminal, or `quiet`."""
     batches = eval_batches(plan, task, split, BATCH_IMAGES, workers)
     total = len(batches) if first is None else min(len(batches), -(-first // BATCH_IMAGES))
-    quiet = plan.rank != 0 or not Console().is_terminal
+    quiet = quiet or plan.rank != 0 or not Console().is_terminal
     shown = track(batches, description=f"{task} {split}", total=total, disable=quiet, transient=True)
     for i, sub in enumerate(shown):
         if i == total:
             return
-        yield sub, predict_batch(network, task, sub)
+        yield sub
 
 
 def predict_batch(network: MultiTaskNetwork, task: str, sub: SubBatch) -> list[dict[str, Any]]:
-    """One prediction per image of a sub-batch, as the task's head gives them.
-
-    Images of one canvas go through the network together, without the padding that larger neighbours brought: attention
-    would see it, and the prediction would depend on who the neighbours were.
-    """
-    weight = network.backbone.pos_embed
-    whole = tuple(sub.images_BCHW.shape[-2:])
-    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, meta in enumerate(sub.meta):
-        rows[meta.get("canvas", whole)].append(i)
+    """One prediction per image of a sub-batch, as the task's head gives them."""
     found: dict[int, dict[str, Any]] = {}
-    for (height, width), chosen in rows.items():
-        images_BCHW = sub.images_BCHW[chosen, :, :height, :width].to(weight.device, weight.dtype)
+    for chosen, images_BCHW in by_canvas(sub, network.backbone.pos_embed):
         outputs = network({task: images_BCHW}).outputs[task]
         found |= zip(chosen, network.head(task).predict(outputs, [sub.meta[i] for i in chosen]), strict=True)
     return [found[i] for i in range(len(sub.meta))]
+
+
+def by_canvas(sub: SubBatch, like: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Places in the sub-batch of the images of each canvas, and these images `[b, 3, h, w]` on `like`'s device, in its precision.
+
+    Images of one canvas go through the network together, without the padding that larger neighbours brought: attention
+    would see it, and the result would depend on who the neighbours were.
+    """
+    whole = tuple(sub.images_BCHW.shape[-2:])
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, meta in enumerate(sub.meta):
+        places[meta.get("canvas", whole)].append(i)
+    for (height, width), chosen in places.items():
+        yield chosen, sub.images_BCHW[chosen, :, :height, :width].to(like.device, like.dtype)
 
 
 def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str, float | None, float | None]]:
@@ -119,7 +142,7 @@ def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, 
     ]
 
 
-def _check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
+def check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
     """Equal numbers of classes under other names would give wrong metrics in silence."""
     for task, names in model.classes.items():
         folder = plan.folder(task, split)

@@ -19,6 +19,18 @@ def make_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key} {folder}: cannot be written to ({error.strerror}); give another folder ({key}=...)") from None
 
 
+def check_new_file(path: Path, option: str, overwrite: bool = False) -> None:
+    """Refuse a file that could not be written, or is there already, before work starts. Raises UserError that names `option`."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file's name")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {path}: exists already; give another name, or --overwrite to replace it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written to" if folder.is_dir() else "is a file"
+        raise UserError(f"{option} {path}: {folder} {what}; give another place")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

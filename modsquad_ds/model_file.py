@@ -2,9 +2,10 @@
 
 Loads without DeepSpeed, without a process group and without unpickling. Keys are the network's parameter names, with each
 stacked expert parameter `...experts.NAME` cut into `...experts.I.NAME`; usage statistics lie beside them as `usage.L.prob` and
-`usage.L.share`, L counting the sparse layers.
+`usage.L.share`, L counting the sparse layers. A checksum in the metadata covers all of it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def write_model(path: Path, model: ModelFile) -> None:
         "classes": json.dumps(model.classes),
         "layers": str(len(model.usage)),
     }
+    metadata["checksum"] = checksum_of(tensors, metadata)
     write_atomic(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))
 
 
@@ -62,8 +64,11 @@ def read_model(path: Path) -> ModelFile:
     except (OSError, SafetensorError) as error:
         raise UserError(f"model {path}: not a readable safetensors file ({error}); copy it again") from None
     if metadata.get("format") != FORMAT or "recipe" not in metadata:
-        found = metadata.get("format")
-        raise UserError(f"model {path}: format {found!r}, expected {FORMAT!r}: not written by modsquad_ds's train")
+        ours = "recipe" in metadata
+        whose = "written by another version; use that one, or train again" if ours else "not a model of modsquad_ds"
+        raise UserError(f"model {path}: format {metadata.get('format')!r}, expected {FORMAT!r}: {whose}")
+    if metadata.get("checksum") != checksum_of(tensors, metadata):
+        raise UserError(f"model {path}: its content differs from its checksum: edited or damaged; copy or make it again")
     try:
         tree, classes, layers = (json.loads(metadata[key]) for key in ("recipe", "classes", "layers"))
         usage = tuple(Usage(tensors.pop(f"usage.{i}.prob"), tensors.pop(f"usage.{i}.share")) for i in range(layers))
@@ -75,6 +80,18 @@ def read_model(path: Path) -> ModelFile:
     except RuntimeError as error:
         raise UserError(f"model {path}: its tensors do not fit its recipe: {' '.join(str(error).split())}") from None
     return ModelFile(recipe, state, classes, usage)
+
+
+def checksum_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a model file's metadata, itself left out, and of every tensor's name, type, shape and bytes, by name."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {"checksum"}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def network_of(model: ModelFile, where: str) -> MultiTaskNetwork:

@@ -29,11 +29,11 @@ def information_of(model: ModelFile) -> dict[str, float]:
     """
     if not model.usage:
         return {}
-    names = _without_memory(model.recipe).backbone.sparse_layers()
-    return {name: _information(usage.prob_TE) for name, usage in zip(names, model.usage, strict=True)}
+    names = without_memory(model.recipe).backbone.sparse_layers()
+    return {name: information(usage.prob_TE) for name, usage in zip(names, model.usage, strict=True)}
 
 
-def _information(prob_TE: Tensor) -> float:
+def information(prob_TE: Tensor) -> float:
     """Mutual information where row t is P(expert | t); tasks that were never seen (rows of zeros) are left out."""
     return float(mutual_information(task_expert_joint(prob_TE, prob_TE.new_ones(len(prob_TE)))))
 
@@ -72,7 +72,7 @@ def print_results(results: Mapping[str, Any], recipe: Recipe, information: Mappi
 
 def print_description(recipe: Recipe) -> None:
     """Print how many parameters a recipe's network has, and how many work for each task. Needs no memory for them."""
-    counts = count_parameters(_without_memory(recipe))
+    counts = count_parameters(without_memory(recipe))
     table = Table(title=f"{recipe.name}: {counts.total:,} parameters, {counts.backbone:,} of them in the backbone")
     table.add_column("task", overflow="fold")
     for name in ("of its head", "active: one token meets"):
@@ -82,7 +82,8 @@ def print_description(recipe: Recipe) -> None:
     _console().print(table)
 
 
-def _without_memory(recipe: Recipe) -> MultiTaskNetwork:
+def without_memory(recipe: Recipe) -> MultiTaskNetwork:
+    """The recipe's network on the meta device: its shapes and names, no weights."""
     with torch.device("meta"):
         return MultiTaskNetwork(recipe)
 
@@ -109,7 +110,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     for run, model in models.items():
         results = _evaluation(run)
         values = [_number(results.get(t, {}).get(KINDS[spec.kind].metrics[0])) for t, spec in tasks.items()]
-        counts = count_parameters(_without_memory(model.recipe))
+        counts = count_parameters(without_memory(model.recipe))
         table.add_row(run.name, *values, _least_share(model), f"{counts.total:,}")
     Console(width=110).print(table)
 

@@ -20,11 +20,12 @@ RUNGS = (
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),
     ("objective", "model_file", "placement", "trainable", "start"),
+    ("structure", "selection", "surgery"),
     ("parallel.*",),
-    ("checkpoint", "plan", "runlog"),
-    ("train", "evaluate", "predict", "tables", "report"),
+    ("checkpoint", "plan", "runlog", "costs"),
+    ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand"),
     ("bench.*",),
-    ("cli", "cli_bench", "__main__"),
+    ("cli", "cli_bench", "cli_modular", "__main__"),
 )
 # Who alone may import what.
 OWNERS = {

@@ -19,6 +19,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model_file import (
     ModelFile,
+    checksum_of,
     cut_experts,
     expert_parameters,
     network_of,
@@ -205,13 +206,13 @@ def test_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
     assert "not a readable safetensors file" in refusal(lambda: read_model(path))
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
-    """Change tensors and metadata of a model file."""
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None], keep_checksum: bool = False) -> None:
+    """Change tensors and metadata of a model file; its checksum follows, so that the fault behind it is met."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     tensors = load_file(path)
     change(tensors, metadata)
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=metadata if keep_checksum else {**metadata, "checksum": checksum_of(tensors, metadata)})
 
 
 def recipe_with(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
@@ -224,11 +225,12 @@ def recipe_with(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, 
 
 
 EXPERT, DENSE = "backbone.blocks.1.mlp.experts.2.fc1_weight", "heads.digits.linear.weight"
+OTHER = "backbone.blocks.1.mlp.experts.3.fc1_weight"
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], list[str]]] = {
     "metadata of another program": (lambda t, m: (m.clear(), m.update(format="pt")), ["format 'pt', expected '2'"]),
-    "a later format": (lambda t, m: m.update(format="3"), ["format '3', expected '2'"]),
-    "no recipe": (lambda t, m: m.pop("recipe"), ["not written by modsquad_ds"]),
+    "a later format": (lambda t, m: m.update(format="3"), ["format '3', expected '2'", "by another version; use that one"]),
+    "no recipe": (lambda t, m: m.pop("recipe"), ["not a model of modsquad_ds"]),
     "a recipe that is no JSON": (lambda t, m: m.update(recipe="{"), ["damaged", "copy it again"]),
     "a recipe with an unknown key": (recipe_with("layot", 1), ["recipe inside", "model.layot: unknown key"]),
     "no classes": (lambda t, m: m.pop("classes"), ["damaged, 'classes' is missing"]),
@@ -255,6 +257,45 @@ def test_fault_is_told_in_one_line(written: Path, fault: str) -> None:
     assert str(written) in message
     assert all(part in message for part in parts), message
     assert len(message) < 800
+
+
+EDITS: dict[str, Callable[[dict[str, Tensor], dict[str, str]], Any]] = {
+    "one bit of a weight": lambda t, m: t[DENSE].view(torch.uint8)[3, 5].bitwise_xor_(1),
+    "two experts exchanged": lambda t, m: t.update({EXPERT: t[OTHER], OTHER: t[EXPERT]}),
+    "a usage statistic": lambda t, m: t["usage.0.share"].mul_(2),
+    "a class name": lambda t, m: m.update(classes=m["classes"].replace("x", "y")),
+    "the recipe": recipe_with("mlp_ratio", 3.0),
+    "one tensor more": lambda t, m: t.update(more=torch.zeros(1)),
+    "a tensor's name": lambda t, m: t.update(more=t.pop(DENSE)),
+    "a tensor's shape": lambda t, m: t.update({DENSE: t[DENSE].t().contiguous()}),
+    "a word of metadata more": lambda t, m: m.update(more="x"),
+    "no checksum": lambda t, m: m.pop("checksum"),
+    "another checksum": lambda t, m: m.update(checksum="0" * 64),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_file_is_refused(written: Path, edit: str) -> None:
+    rewrite(written, EDITS[edit], keep_checksum=True)
+    message = refusal(lambda: read_model(written))
+    assert message == f"model {written}: its content differs from its checksum: edited or damaged; copy or make it again"
+
+
+def test_a_damaged_byte_is_met(written: Path) -> None:
+    """A flipped byte of the data, which safetensors itself reads without complaint."""
+    data = bytearray(written.read_bytes())
+    data[-100] ^= 4
+    written.write_bytes(data)
+    load_file(written)
+    assert "differs from its checksum" in refusal(lambda: read_model(written))
+
+
+def test_checksum_is_of_content_and_not_of_order() -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(1)}
+    first = checksum_of(tensors, {"x": "1", "y": "2"})
+    assert first == checksum_of(dict(reversed(tensors.items())), {"y": "2", "x": "1", "checksum": "any"})
+    assert first == checksum_of({**tensors, "b": tensors["b"].t().contiguous().t()}, {"x": "1", "y": "2"})
+    assert first != checksum_of({**tensors, "b": tensors["b"].double()}, {"x": "1", "y": "2"})
 
 
 def test_foreign_safetensors_without_metadata(tmp_path: Path) -> None:

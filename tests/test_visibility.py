@@ -62,7 +62,7 @@ def test_task_computes_as_if_the_others_were_not_there(seen: tuple[int, ...], sp
             continue
         gradient, alone = whole.get_parameter(name).grad, part.get_parameter(name).grad
         assert gradient is not None and alone is not None
-        assert_close(gradient.index_select(axis, torch.tensor(seen)), alone, rtol=1e-5, atol=1e-7)
+        assert_close(gradient.index_select(axis, torch.tensor(seen)), alone, rtol=1e-4, atol=1e-5)
         assert gradient.index_select(axis, torch.tensor(hidden)).abs().sum() == 0, name
 
 
