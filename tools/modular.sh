@@ -28,24 +28,25 @@ done
 modsquad compare "$full" "$out"/{digits,scenes,textures}
 
 echo "== 3/4 a fourth task, learned three ways and from scratch ($out/faces_*)"
-faces() { # run, changes to the recipe
-    local run="$out/$1"
-    shift
+learn() { # run, recipe, changes to the recipe
+    local run="$out/$1" recipe="$2"
+    shift 2
     echo "== ${run##*/}: $*"
-    modsquad train faces "run=$run" "$@"
+    modsquad train "$recipe" "run=$run" "$@"
     modsquad evaluate "$run" --no-pictures
 }
-faces faces_routers_heads adapt.train=routers+heads "$@"
-faces faces_1_expert adapt.train=experts adapt.experts=1 adapt.router_steps=50 "$@"
-faces faces_all adapt.train=all "$@"
-faces faces_scratch init_from=null "$@"
+learn faces_routers_heads faces adapt.train=routers+heads "$@"
+learn faces_1_expert faces adapt.train=experts adapt.experts=1 adapt.router_steps=50 "$@"
+learn faces_all faces adapt.train=all "$@"
+learn faces_scratch faces init_from=null "$@"
 
-echo "== 4/4 the fourth task added with two experts of its own per layer, all else frozen ($out/expanded)"
-modsquad expand "$full" --task faces --new-mlp-experts 2 --new-attention-experts 2 --out "$out/grown.safetensors"
-faces expanded 'only=[]' "init_from={path: $out/grown.safetensors}" model.mlp.num_experts=10 model.attention.num_experts=8 \
-    'adapt={tasks: [faces], train: experts, experts: 2, choose: added}' "$@"
+echo "== 4/4 the fourth task added with two experts of its own per layer, all else frozen ($out/grown)"
+modsquad expand "$full" --task modsquad_ds/recipes/faces.yaml --new-mlp-experts 2 --new-attention-experts 2 --out "$out/grown.safetensors"
+# grown.yaml, which expand left, trains the new experts, routers and head alone; the rest as in the recipe faces.
+learn grown "$out/grown.yaml" parallel.ep_size=1 loss.mutual_information=0.0 train.steps=150 train.checkpoint_every=0 \
+    train.optimizer.lr=1.0e-3 train.schedule.warmup=15 "$@"
 
-modsquad compare "$out"/{faces_routers_heads,faces_1_expert,faces_all,faces_scratch}
-python tools/same_outputs.py "$full" "$out/expanded" --data "$data"
+modsquad compare "$out"/{faces_routers_heads,faces_1_expert,faces_all,faces_scratch,grown}
+python tools/same_outputs.py "$full" "$out/grown" --data "$data"
 python tools/modular_claims.py "$full" "$out"
 echo "== done: $out"

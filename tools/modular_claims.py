@@ -58,7 +58,7 @@ def claims(full: Path, modular: Path) -> Iterator[Claim]:
         yield Claim(f"{task} alone: expert parameters kept, at most {KEPT:.0%}", f"{share:.1%}", share <= KEPT)
         holds = part >= whole - LOST - ROUNDING
         yield Claim(f"{task} alone: {metric}, at most {LOST} below all experts'", f"{whole:.4f} -> {part:.4f}", holds)
-    grown = evaluation(modular / "expanded")
+    grown = evaluation(modular / "grown")
     for task in tasks:
         same = grown[task] == before[task]
         yield Claim(f"{task} after growing: metrics as before", "the same" if same else f"{before[task]} -> {grown[task]}", same)

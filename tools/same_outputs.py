@@ -1,6 +1,6 @@
 """Whether two models give the same outputs, bit for bit, on held-out images of the tasks that both have.
 
-    python tools/same_outputs.py runs/quickstart runs/modular/expanded [--data data/quickstart/shards]
+    python tools/same_outputs.py runs/quickstart runs/modular/grown [--data data/quickstart/shards]
 
 Exit code 0: the same to the last bit. 1: a task differs; its largest difference is printed. 2: bad input.
 """
