@@ -121,7 +121,7 @@ def shards(
 
 @app.command()
 def quickstart_data(out: Annotated[Path, typer.Argument(help="Folder for the datasets and their shards.")]) -> None:
-    """Make the quickstart's three small datasets from real pixels, in ImageNet, COCO and ADE20K layout, and their shards."""
+    """Make the quickstart's small datasets from real pixels, in ImageNet, COCO and ADE20K layout, and their shards."""
     from modsquad_ds.data.quickstart import build
 
     build(out)

@@ -21,6 +21,9 @@ from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.model_file import ModelFile, read_model
 from modsquad_ds.tasks import KINDS
 
+ADAPTED = "adapt.json"
+"""Beside the model of a run that trained part of it: what was trained, and what the model has and costs."""
+
 
 def information_of(model: ModelFile) -> dict[str, float]:
     """Sparse layer, e.g. `blocks.1.mlp` -> mutual information of task and expert in nats.
@@ -99,20 +102,31 @@ def _number(value: float | None) -> str:
 
 
 def print_comparison(runs: Sequence[Path]) -> None:
-    """Print the headline metric of every task of several evaluated runs, as a Markdown table; raises UserError for others."""
+    """Print the headline metric of every task of several evaluated runs, as a Markdown table; raises UserError for others.
+
+    Where one of them was adapted there is a column of trained parameters; runs without adapt.json trained all they have.
+    """
     models = {run: read_model(model_path(run)) for run in runs}
     tasks = {task: spec for model in models.values() for task, spec in model.recipe.active.items()}
     headings = [f"{task} {KINDS[spec.kind].metrics[0]}" for task, spec in tasks.items()]
     table = Table(box=box.MARKDOWN)
     table.add_column("run", overflow="fold")
-    for name in (*headings, "least I / log T", "parameters"):
+    adapted = any((run / ADAPTED).is_file() for run in runs)
+    for name in (*headings, "least I / log T", *(["trained"] if adapted else []), "parameters"):
         table.add_column(name, justify="right")
     for run, model in models.items():
         results = _evaluation(run)
         values = [_number(results.get(t, {}).get(KINDS[spec.kind].metrics[0])) for t, spec in tasks.items()]
-        counts = count_parameters(without_memory(model.recipe))
-        table.add_row(run.name, *values, _least_share(model), f"{counts.total:,}")
+        total = count_parameters(without_memory(model.recipe)).total
+        trained = [f"{_trained(run, total):,}"] if adapted else []
+        table.add_row(run.name, *values, _least_share(model), *trained, f"{total:,}")
     Console(width=110).print(table)
+
+
+def _trained(run: Path, total: int) -> int:
+    """Parameters that a run's training could change."""
+    path = run / ADAPTED
+    return int(json.loads(path.read_bytes())["trained"]) if path.is_file() else total
 
 
 def _evaluation(run: Path) -> dict[str, Any]:

@@ -41,16 +41,18 @@ def scenes(built: Path, split: str) -> dict[str, Any]:
         ("scenes", "val", 300),
         ("textures", "train", 1200),
         ("textures", "val", 200),
+        ("faces", "train", 150),
+        ("faces", "val", 50),
     ],
 )
 def test_counts_and_classes(built: Path, dataset: str, split: str, count: int) -> None:
     shards = ShardSet(built / "shards" / dataset / split)
     assert len(shards) == count
     assert shards.index.skipped == 0
-    assert shards.classes == (quickstart.TEXTURES if dataset == "textures" else tuple("0123456789"))
-    kinds = {"digits": "classification", "scenes": "detection", "textures": "segmentation"}
-    assert shards.kind == kinds[dataset]
-    if split == "train":
+    assert shards.classes == {"textures": quickstart.TEXTURES, "faces": quickstart.FACES}.get(dataset, tuple("0123456789"))
+    kinds = {"scenes": "detection", "textures": "segmentation"}
+    assert shards.kind == kinds.get(dataset, "classification")
+    if split == "train" and dataset != "faces":
         assert len(shards.shard_sizes) >= 4
 
 

@@ -1,13 +1,16 @@
-"""The quickstart's three small datasets: real pixels from installed packages, in the real layouts, then `convert`ed.
+"""The quickstart's small datasets: real pixels from installed packages, in the real layouts, then `convert`ed.
 
     OUT/sources/digits    ImageNet folders: scikit-learn's handwritten digits, 1437 train, 360 val
     OUT/sources/scenes    COCO: one to three of those digits drawn on 48 px crops of photos (composed, not photographed)
     OUT/sources/textures  ADE20K: 48 px mosaics of two or three of six textures (composed)
+    OUT/sources/faces     ImageNet folders: scikit-image's 100 faces and 100 other pieces of photos, 150 train, 50 val
     OUT/shards/<dataset>/{train,val}
+
+The quickstart learns the first three; the fourth is the new task that its model is adapted to (recipe `faces`).
 
 What is held out: val digits, in both digits and scenes, are never train digits (36 of each class, drawn at random, so
 the same writers occur in both); val crops come from the right halves of the photos and textures, train crops from the
-left.
+left. Val faces and other pieces are drawn at random, 25 of each.
 """
 
 import json
@@ -25,13 +28,14 @@ from modsquad_ds.data.shards import INDEX_NAME
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError
 
-VERSION = 2
+VERSION = 3
 """Raised with every change of what is built, so that an older build is replaced."""
 MARKER = "quickstart.json"
-LAYOUTS = {"digits": "imagenet", "scenes": "coco", "textures": "ade20k"}
+LAYOUTS = {"digits": "imagenet", "scenes": "coco", "textures": "ade20k", "faces": "imagenet"}
 SPLITS = ("train", "val")
 COUNTS = {"scenes": {"train": 2000, "val": 300}, "textures": {"train": 1200, "val": 200}}
 VAL_DIGITS_PER_CLASS = 36
+VAL_FACES_PER_CLASS = 25
 SAMPLES_PER_SHARD = 256
 SIDE = 48
 """Height and width of scenes and mosaics in pixels."""
@@ -46,6 +50,7 @@ MIN_SHARE = 0.1
 
 PHOTOS = ("china", "flower", "astronaut", "coffee", "chelsea", "rocket")
 TEXTURES = ("brick", "grass", "tissue", "stars", "retina", "flower")
+FACES = ("face", "other")
 
 Pixels = NDArray[np.uint8]
 Generator = np.random.Generator
@@ -63,7 +68,7 @@ class Digits(NamedTuple):
 
 
 def build(out: Path, seed: int = 0) -> None:
-    """Make the three datasets and their shards in `out`; does nothing where this version's build for `seed` is there.
+    """Make the datasets and their shards in `out`; does nothing where this version's build for `seed` is there.
 
     `out` appears as a whole at the end. UserError if `out` holds something else, or if a package that the pixels come
     from is missing.
@@ -78,6 +83,7 @@ def build(out: Path, seed: int = 0) -> None:
         _write_digits(stage / "sources" / "digits", digits)
         _write_scenes(stage / "sources" / "scenes", digits, pictures, seed)
         _write_textures(stage / "sources" / "textures", pictures, seed)
+        _write_faces(stage / "sources" / "faces", *_load_faces(), seed)
         (stage / "sources" / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
         for name, layout in LAYOUTS.items():
             for split in SPLITS:
@@ -112,6 +118,13 @@ def _load_digits() -> tuple[Pixels, NDArray[np.int64]]:
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 
+def _load_faces() -> tuple[Pixels, NDArray[np.int64]]:
+    """Grey pieces of photos `[200, 25, 25]`, labels `[200]`: places in FACES."""
+    with _needs_package("scikit-image"):
+        from skimage.data import lfw_subset
+    return np.rint(lfw_subset() * 255).astype(np.uint8), np.repeat(np.arange(len(FACES)), 100)
+
+
 def load_pictures() -> dict[str, Pixels]:
     """The photos and textures, RGB `[height, width, 3]`, by the names of PHOTOS and TEXTURES."""
     with _needs_package("scikit-learn"):
@@ -143,12 +156,16 @@ def _needs_package(package: str) -> Iterator[None]:
 
 def split_digits(images: Pixels, labels: NDArray[np.int64], seed: int) -> dict[str, Digits]:
     """Hold out `VAL_DIGITS_PER_CLASS` random digits of every class; the rest train. Both in the package's order."""
-    rng = np.random.default_rng([seed, 0])
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in range(10):
-        held_out[rng.permutation(np.flatnonzero(labels == label))[:VAL_DIGITS_PER_CLASS]] = True
-    numbers = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
+    numbers = _hold_out(labels, VAL_DIGITS_PER_CLASS, np.random.default_rng([seed, 0]))
     return {split: Digits(images[chosen], labels[chosen], chosen) for split, chosen in numbers.items()}
+
+
+def _hold_out(labels: NDArray[np.int64], per_class: int, rng: Generator) -> dict[str, NDArray[np.int64]]:
+    """Split -> its places in `labels`, ascending; val has `per_class` random ones of every class."""
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(labels.max() + 1):
+        held_out[rng.permutation(np.flatnonzero(labels == label))[:per_class]] = True
+    return {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
 
 
 def half(picture: Pixels, split: str) -> Pixels:
@@ -315,6 +332,18 @@ def _save_jpeg(pixels: Pixels, path: Path) -> None:
     Image.fromarray(pixels).save(path, quality=95, subsampling=0)
 
 
+# ---------------------------------------------------------------- faces, ImageNet layout
+
+
+def _write_faces(folder: Path, images: Pixels, labels: NDArray[np.int64], seed: int) -> None:
+    """`<split>/<face or other>/<number>.png`, 25 px, grey, as they are; the number is the place in the package's array."""
+    for split, numbers in _hold_out(labels, VAL_FACES_PER_CLASS, np.random.default_rng([seed, 3])).items():
+        for name in FACES:
+            (folder / split / name).mkdir(parents=True)
+        for number in numbers:
+            Image.fromarray(images[number]).save(folder / split / FACES[labels[number]] / f"{number:03d}.png")
+
+
 ATTRIBUTION = """\
 The pictures in this folder were made from data that come with scikit-learn and scikit-image: pieces were cut out,
 enlarged and composed. CC BY 2.0 is https://creativecommons.org/licenses/by/2.0/.
@@ -338,4 +367,9 @@ textures/
   stars           Hubble eXtreme Deep Field, NASA, public domain
   retina          Mikael Häggström, "Medical gallery of Mikael Häggström 2014", CC0
   flower          flower.jpg as above, CC BY 2.0
+
+faces/
+  Labeled Faces in the Wild, G. Huang, M. Ramesh, T. Berg and E. Learned-Miller, University of Massachusetts, Amherst,
+  http://vis-www.cs.umass.edu/lfw/; 100 faces and 100 pieces of background of 25 x 25 pixels, by way of scikit-image
+  (skimage.data.lfw_subset).
 """
