@@ -208,7 +208,7 @@ def _draw_table(axes: Axes, table_TT: Tensor, names: Sequence[str]) -> None:
 def print_usage(report: Mapping[str, Any]) -> None:
     """Print information and experts in use per layer and task, and the similarity of tasks, in at most 100 columns."""
     least = report["least_share_of_tokens"]
-    layers = Table(title=f"experts in use: among the top-k of {least:.0%} or more of the task's tokens", title_justify="left")
+    layers = Table(title=f"experts in use: by {least:.0%} of tokens or more", title_justify="left")
     layers.add_column("sparse layer", overflow="fold")
     layers.add_column("I, nats", justify="right")
     layers.add_column("task", overflow="fold")
@@ -220,8 +220,7 @@ def print_usage(report: Mapping[str, Any]) -> None:
             layers.add_row(*head, task, f"{len(used)} of {layer['experts']}", " ".join(map(str, used)))
             head = ("", "")
         layers.add_section()
-    pairs = Table(title="overlap of tasks' experts, %, mean over layers", title_justify="left", box=box.SIMPLE_HEAD)
-    pairs.padding = (0, 1, 0, 0)
+    pairs = Table(title="overlap of experts, %", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     pairs.add_column("task", overflow="fold")
     for number in range(1, len(report["tasks"]) + 1):
         pairs.add_column(str(number), justify="right", no_wrap=True)

@@ -25,6 +25,7 @@ from modsquad_ds.objective import Usage
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
+from modsquad_ds.tables import without_memory
 from modsquad_ds.usage import LayerUse, jaccard, measure_usage, overlap, print_usage, report_of, similarity, used_experts
 from ranks import run_ranks
 from small import small_recipe
@@ -58,7 +59,7 @@ def test_experts_in_use_are_counted_by_tokens() -> None:
     both = Usage(share_TE, share_TE)
     assert used_experts(LayerUse("a", 2, both)).tolist() == [[True, True, False]]
     assert used_experts(LayerUse("a", 1, both)).tolist() == [[True, False, False]]
-    assert used_experts(LayerUse("a", 1, both), least=0.0145).tolist() == [[True, True, True]]
+    assert used_experts(LayerUse("a", 1, both), least=0.014).tolist() == [[True, True, True]]
 
 
 def test_jaccard_by_hand() -> None:
@@ -120,10 +121,10 @@ def shards(root: Path) -> Path:
     """Held-out shards of the three tasks; the textures are of several canvases, neighbours unlike each other."""
     convert("imagenet", layouts.imagenet(root / "d", "val", per_class=3), root / "data/d", "val", progress=False)
     convert("coco", layouts.coco(root / "s", "val"), root / "data/s", "val", progress=False)
-    layouts.ade20k(root / "t", "val", count=0)
     for number, size in enumerate(((20, 30), (30, 20), (24, 24), (20, 30), (28, 20))):
         layouts.save(layouts.picture(number, size), root / "t/images/val" / f"{number}.jpg")
         layouts.save(layouts.mask([0, 1, 2, 3], size), root / "t/annotations/val" / f"{number}.png")
+    (root / "t/classes.txt").write_text("wall\nsky\ntree\n")
     convert("ade20k", root / "t", root / "data/t", "val", progress=False)
     return root / "data"
 
@@ -164,8 +165,8 @@ def count_tokens(router: Any, x_SD: Tensor, segments: Any, kept: dict[str, list[
     (segment,) = segments
     assert segment.batch == 1
     for x_D in x_SD.double():
-        prob_E = (router.weight[segment.task].double() @ x_D).softmax(0)
-        kept["prob"][segment.task] += prob_E.detach()
+        prob_E = (router.weight[segment.task].detach().double() @ x_D.detach()).softmax(0)
+        kept["prob"][segment.task] += prob_E
         for expert in sorted(range(len(prob_E)), key=lambda e: -float(prob_E[e]))[: router.top_k]:
             kept["count"][segment.task][expert] += 1
 
@@ -180,8 +181,8 @@ def test_measured_usage_equals_a_loop_over_tokens(data: Path, monkeypatch: pytes
         assert layer.prob_TE.dtype == layer.share_TE.dtype == torch.float32
         assert_close(layer.prob_TE.double(), prob_TE, rtol=1e-5, atol=1e-6)
         assert_close(layer.share_TE.double(), share_TE, rtol=1e-6, atol=1e-7)
-        assert_close(layer.share_TE.sum(1), torch.ones(3)), "and tasks differ"
-        assert (layer.share_TE[0] - layer.share_TE[1]).abs().max() > 0.01
+        assert_close(layer.share_TE.sum(1), torch.ones(3))
+        assert (layer.share_TE[0] - layer.share_TE[1]).abs().max() > 0.01, "tasks differ, or rows could be mixed up"
 
 
 def test_tasks_that_are_not_asked_for_keep_zeros(data: Path) -> None:
@@ -201,13 +202,12 @@ def on_rank(rank: int, world: int, data: str) -> tuple[Usage, ...]:
 
 @pytest.mark.dist
 def test_ranks_measure_what_one_measures(data: Path) -> None:
-    """Five textures on two ranks and on four: some ranks fill up with images that must not count."""
+    """Five textures on two ranks: one fills up with an image that must not count, in a batch of its own."""
     alone = measured(recipe_of(data))
-    for world in (2, 4):
-        for found in run_ranks(world, on_rank, str(data)):
-            for mine, expected in zip(found, alone, strict=True):
-                assert torch.equal(mine.share_TE, expected.share_TE), "counts are exact"
-                assert_close(mine.prob_TE, expected.prob_TE, rtol=1e-6, atol=1e-7)
+    for found in run_ranks(2, on_rank, str(data)):
+        for mine, expected in zip(found, alone, strict=True):
+            assert torch.equal(mine.share_TE, expected.share_TE), "counts are exact"
+            assert_close(mine.prob_TE, expected.prob_TE, rtol=1e-6, atol=1e-7)
 
 
 def test_experts_that_a_task_does_not_see_are_not_used(data: Path) -> None:
@@ -224,7 +224,10 @@ def test_experts_that_a_task_does_not_see_are_not_used(data: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def written(folder: Path, recipe: Recipe, stored: tuple[Usage, ...] = ()) -> Path:
+def written(folder: Path, recipe: Recipe, stored_TE: Tensor | None = None) -> Path:
+    """A model file whose layers all keep the same table, of both values."""
+    layers = without_memory(recipe).backbone.sparse_layers()
+    stored = () if stored_TE is None else tuple(Usage(stored_TE.clone(), stored_TE.clone()) for _ in layers)
     classes = {task: [f"class {i}" for i in range(COUNTS[task])] for task in recipe.active}
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model.safetensors", ModelFile(recipe, build_network(recipe).state_dict(), classes, stored))
@@ -271,7 +274,7 @@ def test_stored_averages_need_no_data(tmp_path: Path) -> None:
     """Of a task that training never met nothing is known: null, and no row in the picture of pairs."""
     recipe = recipe_of("elsewhere", **{"model.layout": "mlp_only"})
     table = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0]])
-    run = written(tmp_path / "run", recipe, (Usage(table, table), Usage(table, table)))
+    run = written(tmp_path / "run", recipe, table)
     report = usage.usage(run, out=tmp_path / "out", stored=True)
     assert json.loads((tmp_path / "out/usage.json").read_text(), parse_constant=pytest.fail) == report
     assert report["source"] == "moving average of training" and not (run / "usage").exists()
@@ -284,7 +287,7 @@ def test_stored_averages_need_no_data(tmp_path: Path) -> None:
 def test_one_task(tmp_path: Path) -> None:
     recipe = recipe_of("elsewhere", only=["digits"], **{"model.layout": "mlp_only"})
     table = torch.tensor([[0.5, 0.5, 0, 0, 0]])
-    run = written(tmp_path / "run", recipe, (Usage(table, table),) * 2)
+    run = written(tmp_path / "run", recipe, table)
     found = invoke(run, "--stored")
     assert found.exit_code == 0, found.output
     report = json.loads((run / "usage/usage.json").read_text())
