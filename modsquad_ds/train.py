@@ -25,6 +25,7 @@ from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.types import Batch, SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import make_folder, write_json
+from modsquad_ds.init_from import initial_state, report
 from modsquad_ds.model.heads import check_norm
 from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_network
 from modsquad_ds.model_file import ModelFile, write_model
@@ -113,11 +114,23 @@ def build_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:
     bf16 = in_bf16(read_deepspeed_config(recipe.deepspeed_config))
     for spec in recipe.active.values():
         check_norm(spec, launch.device().type, ranks.world, bf16)
-    engine = build_engine(build_network(recipe), recipe, ranks)
+    network = build_network(recipe)
+    from_file = recipe.init_from and not checkpoint.complete_checkpoints(recipe.run)
+    usage = begin_from_file(recipe, network, ranks) if from_file else ()
+    engine = build_engine(network, recipe, ranks)
     average = {}
     if recipe.train.ema:
         average = {n: p.detach().float().clone() for n, p in engine.module.named_parameters() if p.requires_grad}
-    return Trainer(recipe, ranks, engine, Objective(recipe, ranks.world), average)
+    return Trainer(recipe, ranks, engine, Objective(recipe, ranks.world), average, usage)
+
+
+def begin_from_file(recipe: Recipe, network: MultiTaskNetwork, ranks: Ranks) -> tuple[Usage, ...]:
+    """Load the weights of the recipe's `init_from` and return its usage; rank 0 tells what started from what."""
+    started = initial_state(recipe, network)
+    network.load_state_dict(started.state)
+    if ranks.first:
+        print(report(started), flush=True)
+    return tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in started.usage)
 
 
 def resume(trainer: Trainer) -> int:

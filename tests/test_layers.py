@@ -19,7 +19,7 @@ RUNGS = (
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),
-    ("objective", "model_file", "placement"),
+    ("objective", "model_file", "placement", "upcycle", "weights_file", "init_from"),
     ("parallel.*",),
     ("checkpoint", "plan", "runlog"),
     ("train", "evaluate", "predict", "tables", "report"),
