@@ -130,8 +130,11 @@ def check_sizes(vit: Mapping[str, Tensor], spec: ModelSpec, where: str) -> None:
     """Raise UserError, with all differences at once, where the ViT's sizes are not the recipe's, or not those of a plain ViT."""
     shape, plans = spec.shape, block_plans(spec)
     patch, qkv = vit["patch_embed.proj.weight"], vit["blocks.0.attn.qkv.weight"]
-    if patch.dim() != 4:
-        raise UserError(f"init_from {where}: patch_embed.proj.weight is {_shown(patch)}, expected a convolution's DxCxPxP")
+    fc1, fc2 = (vit.get(f"blocks.0.mlp.{name}.weight", torch.empty(0, 0)) for name in ("fc1", "fc2"))
+    if (patch.dim(), qkv.dim(), fc1.dim(), fc2.dim()) != (4, 2, 2, 2):
+        shapes = ", ".join(_shown(tensor) for tensor in (patch, qkv, fc1, fc2))
+        raise UserError(f"init_from {where}: patch_embed.proj and block 0's qkv, fc1 and fc2 are {shapes}, expected 4-D and 2-D ones")
+    hidden = len(fc1) or fc2.shape[1]
     numbers = {int(of[1]) for name in vit if len(of := name.split(".")) > 2 and of[0] == "blocks" and of[1].isdigit()}
     found: list[tuple[str, object, object]] = [
         ("model.width", patch.shape[0], shape.width),
@@ -143,12 +146,11 @@ def check_sizes(vit: Mapping[str, Tensor], spec: ModelSpec, where: str) -> None:
         found.append(("model.heads * head_dim", len(qkv) // 3, shape.heads * spec.attention_width))
         if "blocks.0.attn.q_norm.weight" in vit:
             found.append(("model.head_dim", vit["blocks.0.attn.q_norm.weight"].numel(), spec.attention_width))
-    if "blocks.0.mlp.fc1.weight" in vit and not all(plan.mlp for plan in plans):
-        found.append(("model.mlp_ratio * width", len(vit["blocks.0.mlp.fc1.weight"]), round(spec.mlp_ratio * shape.width)))
+    if hidden and not all(plan.mlp for plan in plans):
+        found.append(("model.mlp_ratio * width", hidden, round(spec.mlp_ratio * shape.width)))
     unequal = [f"{key} is {there} there and {here} here" for key, there, here in found if str(there) != str(here)]
     if unequal:
         raise UserError(f"init_from {where}: {', '.join(unequal)}; change the recipe's model, or take another ViT")
-    hidden = len(vit.get("blocks.0.mlp.fc1.weight", ()))
     expected = _plain_shapes(shape.width, len(qkv) // 3, hidden, sorted(numbers))
     tokens = {name: vit[name].shape[-2:-1] for name in ("pos_embed", *PREFIX) if name in vit}
     expected |= {name: (1, *n, shape.width) for name, n in tokens.items()}
@@ -203,6 +205,12 @@ class _Work:
         if value is not None:
             self.put(weight, value)
             self._put_bias(bias, self.take(bias))
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Say of tensors, if the ViT has them, that they find no place, at least in part."""
+        here = [name for name in names if name in self.vit]
+        self.left += here
+        self.used.update(here)
 
     def has(self, *names: str) -> bool:
         """Whether the ViT has all of these."""
@@ -305,10 +313,9 @@ def _check_tiling(experts: int, hidden: int, dense: int, way: str, where: str) -
             f"{dense} units; set model.mlp.hidden={dense}, or init_from.upcycle=slice"
         )
     if experts * hidden % dense:
-        raise UserError(
-            f"init_from {where}: {experts} experts of {hidden} hidden units make the dense MLP's {dense} {experts * hidden / dense:.2f} "
-            "times, not a whole number; change model.mlp.num_experts or model.mlp.hidden, or set init_from.upcycle=copy"
-        )
+        times = f"{experts} experts of {hidden} hidden units hold the {dense} of the MLP {experts * hidden / dense:.2f} times"
+        way_out = "change model.mlp.num_experts or model.mlp.hidden, or set init_from.upcycle=copy"
+        raise UserError(f"init_from {where}: {times}, not a whole number of times; {way_out}")
 
 
 def _sparse_attention(work: _Work, spec: ModelSpec, block: str) -> None:
@@ -318,15 +325,17 @@ def _sparse_attention(work: _Work, spec: ModelSpec, block: str) -> None:
     work.changes.append(f"{path}: MoE attention has no dense equal")
     if not work.has(f"{path}.qkv.weight", f"{path}.proj.weight"):
         return
-    qkv, proj = work.scaled(f"{path}.qkv"), work.scaled(f"{path}.proj", f"{block}.ls1.gamma")
     experts, width_C, width_D = work.own[f"{path}.experts.q_weight"].shape
-    if qkv[0].shape[0] != 3 * heads * width_C:
-        wide = f"{qkv[0].shape[0] // 3} / {heads} heads there, {width_C} here"
+    attention = len(work.vit[f"{path}.qkv.weight"]) // 3
+    if attention != heads * width_C:
+        wide = f"{attention} / {heads} heads there, {width_C} here"
         for name in ("experts.q_weight", "experts.proj_weight", "kv.weight", "kv.bias"):
             work.ours.add(f"{path}.{name}")
             work.put(f"{path}.{name}", work.own[f"{path}.{name}"].float(), f"random, heads differ in width ({wide})")
-        work.left += [f"{path}.{name}" for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias") if name in work.used]
+        names = [*(f"attn.{layer}.{kind}" for layer in ("qkv", "proj") for kind in ("weight", "bias")), "ls1.gamma"]
+        work.leave(f"{block}.{name}" for name in names)
         return
+    qkv, proj = work.scaled(f"{path}.qkv"), work.scaled(f"{path}.proj", f"{block}.ls1.gamma")
     head_E = torch.arange(experts) % heads
     gates = 1.0 if spec.router.renormalize else spec.attention.top_k / experts
     q, kv = qkv[0][: heads * width_C], qkv[0][heads * width_C :]
@@ -337,7 +346,7 @@ def _sparse_attention(work: _Work, spec: ModelSpec, block: str) -> None:
     work.put(f"{path}.experts.proj_weight", per_head[head_E] * (heads / gates), "dense heads' output projections")
     work.put(f"{path}.kv.weight", kv.view(2, heads, width_C, width_D).mean(1).flatten(0, 1), "mean of the dense heads")
     work.put(f"{path}.kv.bias", bias.view(3, heads, width_C)[1:].mean(1).flatten(), "mean of the dense heads")
-    work.left += [f"{path}.{name}" for name in ("qkv.bias", "proj.bias") if f"{path}.{name}" in work.used]
+    work.leave((f"{path}.qkv.bias", f"{path}.proj.bias"))
     _router(work, f"{path}.router", "average", 1, not spec.router.renormalize and spec.attention.top_k < experts)
 
 
