@@ -1,7 +1,7 @@
 """The recipe's `init_from:` and `adapt:` sections: where weights come from, and what of them learns. Part of the recipe."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -13,12 +13,22 @@ class InitSpec(Strict):
     """A file to start from: a model file (or a run folder), or the weights of a timm vision transformer."""
 
     path: Path
-    """RUN/, model.safetensors, or a timm ViT's state dict (.safetensors, or .pth read without unpickling code)."""
+    """As seen from the working directory: RUN/, model.safetensors, or a timm ViT's state dict (.safetensors, or .pth, read
+    without running code of it). What it is, its content tells."""
     allow: tuple[Literal["tasks", "experts", "tensors"], ...] = ()
     """Differences that are meant. `tasks`: tasks of one side that the other lacks (this run's start at random, the file's are
-    left). `experts`: other numbers of experts. `tensors`: any other tensor of one side that the other lacks."""
+    left). `experts`: other numbers of experts. `tensors`: any other tensor of one side that the other lacks. What a ViT never
+    has (heads, routers, task embeddings), and its class token and classifier, need no leave."""
     upcycle: Literal["slice", "copy"] = "slice"
-    """How a dense MLP becomes experts. `slice`: each expert is a slice of its hidden units. `copy`: each is all of it."""
+    """How a dense MLP becomes experts. `slice`: each expert is a slice of its hidden units. `copy`: each is all of it. Either
+    computes what the dense MLP does at step 0 where `router.renormalize` is on and top_k a multiple of the number of slices that
+    make it whole (as with the default `mlp.hidden`); upcycle.py has the other cases."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        """`init_from: runs/quickstart` is short for `init_from: {path: runs/quickstart}`."""
+        return {"path": value} if isinstance(value, str | Path) else value
 
 
 class PruneSpec(Strict):

@@ -267,6 +267,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"override {text!r}: expected key=value, e.g. train.steps=100")
     *path, last = key.split(".")
+    if path == ["init_from"] and isinstance(tree.get("init_from"), str):
+        tree["init_from"] = {"path": tree["init_from"]}  # its short form
     for depth, part in enumerate(path):
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from modsquad_ds.config import Recipe
+from modsquad_ds.init_from import initial_state, report
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
 
@@ -21,7 +22,16 @@ class Start(NamedTuple):
     """Class names of the tasks that the file knows."""
 
 
-def start_of(recipe: Recipe, quiet: bool = False) -> Start:
-    """The recipe's start: the same on every rank."""
+def start_of(recipe: Recipe, read_file: bool = True, show: bool = False) -> Start:
+    """The recipe's start, the same on every rank: random weights, or those of `init_from`, of which `show` tells.
+
+    With `read_file` off the file is left alone, for runs all of whose weights come from a checkpoint.
+    """
     network = build_network(recipe)
-    return Start(network, network.state_dict(), (), {})
+    if recipe.init_from is None or not read_file:
+        return Start(network, network.state_dict(), (), {})
+    started = initial_state(recipe, network)
+    network.load_state_dict(started.state)
+    if show:
+        print(report(started), flush=True)
+    return Start(network, started.state, started.usage, started.classes)

@@ -121,7 +121,9 @@ def train(recipe: Recipe) -> None:
 
 def build_trainer(recipe: Recipe, ranks: Ranks, done: int = 0, chosen: Chosen = ()) -> Trainer:
     """Network, engine and objective as they are after `done` steps, but with the weights of step 0."""
-    return trainer_from(start_of(recipe), recipe, ranks, done, chosen)
+    all_saved = done > 0 and recipe.adapt.train == "all" and done >= recipe.adapt.router_steps
+    start = start_of(recipe, read_file=not all_saved, show=ranks.first and done == 0)
+    return trainer_from(start, recipe, ranks, done, chosen)
 
 
 def trainer_from(start: Start, recipe: Recipe, ranks: Ranks, done: int, chosen: Chosen) -> Trainer:
@@ -150,7 +152,7 @@ def widened(trainer: Trainer, done: int) -> Trainer:
     """
     assert trainer.start is not None and trainer.trainable is not None
     learned = gather_network(trainer.network, {})  # whole on every rank, since no expert is in it
-    start = start_of(trainer.recipe, quiet=True)
+    start = start_of(trainer.recipe)
     start.network.load_state_dict(overlaid(start.whole, learned, trainer.trainable))
     trainer.engine.destroy()
     return trainer_from(start._replace(usage=trainer.usage), trainer.recipe, trainer.ranks, done, ())

@@ -19,7 +19,7 @@ RUNGS = (
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
     ("data.*", "model.*"),
-    ("objective", "model_file", "placement", "trainable", "start"),
+    ("objective", "model_file", "placement", "trainable", "upcycle", "weights_file", "init_from", "start"),
     ("structure", "selection", "surgery"),
     ("parallel.*",),
     ("checkpoint", "plan", "runlog", "costs"),
