@@ -59,8 +59,8 @@ class AdaptSpec(Strict):
     experts: int | None = Field(None, gt=0)
     """`train: experts`: how many of each sparse layer learn; default 1, and all with `choose: added`."""
     choose: Literal["best", "worst", "added"] = "best"
-    """Which: those that the adapted tasks use most (for tasks not seen yet: all the file's tasks), those they use least, or
-    those that no other task sees (`expand` adds such)."""
+    """Which: those that the adapted tasks use most (tasks not seen yet go by this run's others), those they use least, or those
+    that no other task sees (`expand` adds such)."""
     tasks: tuple[str, ...] = ()
     """The adapted tasks. The run loads data for these alone; empty means all of the run's tasks."""
     router_steps: int = Field(0, ge=0)

@@ -161,6 +161,13 @@ class Recipe(Strict):
         strange = [name for name in self.adapt.tasks if name not in self.active]
         if strange:
             raise ValueError(f"adapt.tasks names {', '.join(strange)}, not among this run's tasks: {', '.join(self.active)}")
+        pruned_at = self.adapt.prune.at_step if self.adapt.prune is not None else None
+        if pruned_at is not None and pruned_at > self.train.steps:
+            raise ValueError(f"adapt.prune.at_step {pruned_at} is after the last of train.steps {self.train.steps}")
+        if self.adapt.router_steps >= self.train.steps:
+            raise ValueError(f"adapt.router_steps {self.adapt.router_steps} leaves none of train.steps {self.train.steps}")
+        if not self.model.router.per_task and len(self.adapted) < len(self.active) and self.adapt != AdaptSpec():
+            raise ValueError("adapt.tasks: with one router for all tasks (model.router.per_task) others would change too")
         if (self.adapt.train != "all" or self.adapt.router_steps) and self.parallel.placement == "balanced":
             raise ValueError("parallel.placement balanced moves experts, which a network that is partly frozen cannot; use fixed")
         for key, ep, moe in (

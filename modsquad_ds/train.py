@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modsquad_ds import checkpoint
+from modsquad_ds.adapt import close, hide_unused, is_adaptation, without_unseen
 from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.data.loader import LoaderPlan, check_data, train_loader
@@ -92,7 +93,9 @@ def train(recipe: Recipe) -> None:
         make_folder(recipe.run, "run")
     trainer = build_trainer(recipe, ranks, *progress_of(recipe))
     start = resume(trainer)
-    steps = recipe.train.steps
+    steps, prune = recipe.train.steps, recipe.adapt.prune
+    if prune is not None:
+        hide_unused(trainer.network, recipe, prune, ())
     if ranks.first:
         write_json(recipe.run / "recipe.json", recipe_to_tree(recipe))
     batches = iter(train_loader(plan, start, steps, recipe.train.workers))
@@ -112,10 +115,14 @@ def train(recipe: Recipe) -> None:
                     log.record(record)
             if done == recipe.adapt.router_steps:
                 trainer = widened(trainer, done)
+            if prune is not None and done == (prune.at_step or steps):
+                hide_unused(trainer.network, recipe, prune, trainer.usage)
             if due(done, recipe.train.checkpoint_every, steps):
                 save(trainer, done)
                 clock = time.monotonic()
     save_model(trainer, plan)
+    if is_adaptation(recipe):
+        close(recipe.run / "model.safetensors", recipe, ranks, trainer.trainable)
     launch.stop()
 
 
@@ -320,7 +327,10 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
             state = overlaid(trainer.start.whole, state, trainer.trainable)
         own = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
         classes = {task: own.get(task) or known[task] for task in trainer.recipe.active}
-        write_model(trainer.recipe.run / "model.safetensors", ModelFile(trainer.recipe, state, classes, trainer.usage))
+        model = ModelFile(trainer.recipe, state, classes, trainer.usage)
+        if trainer.recipe.adapt.prune is not None:
+            model = without_unseen(model)
+        write_model(trainer.recipe.run / "model.safetensors", model)
 
 
 def due(done: int, every: int, last: int) -> bool:

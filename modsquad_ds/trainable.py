@@ -51,13 +51,20 @@ def trainable_entries(network: MultiTaskNetwork, recipe: Recipe, done: int = 0, 
 
 
 def choose_experts(network: MultiTaskNetwork, recipe: Recipe, usage: Sequence[Usage]) -> Chosen:
-    """The experts that learn with `adapt.train: experts`. Raises UserError where no layer has one of the kind asked for.
+    """The experts that learn with `adapt.train: experts`.
 
     A layer gives `adapt.experts` of them, or as many as it has. Usage of an expert is the mean over the adapted tasks of the
     share of their choices that fell on it; where none of them was seen yet, over all tasks. Equals: the lower number first.
+
+    Raises UserError where nothing is known of usage, or no layer has an expert of the kind asked for.
     """
     spec, layers = recipe.adapt, list(network.backbone.sparse_layers().values())
     tasks = [network.task_names.index(name) for name in recipe.adapted]
+    if layers and spec.choose != "added" and not any(bool(of_layer.share_TE.any()) for of_layer in usage):
+        raise UserError(
+            f"adapt.choose {spec.choose}: nothing is known yet of how this run's tasks use experts; set adapt.router_steps, "
+            "and they are chosen by what the routers learn in these steps"
+        )
     seen = usage or tuple(_nothing_seen(layer, len(network.task_names)) for layer in layers)
     chosen = tuple(_chosen_in(layer, spec, tasks, of_layer) for layer, of_layer in zip(layers, seen, strict=True))
     if not any(chosen):

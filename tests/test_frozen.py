@@ -98,7 +98,9 @@ def test_experts_are_chosen_by_usage() -> None:
     # 0.4, 0.25, 0.25, 0.1 is the mean of the two tasks that were seen; over all three the order is the same.
     assert chosen("best", ["digits", "scenes"], 1) == (0,) and chosen("worst", ["digits", "scenes"], 1) == (3,)
     assert chosen("best", ["textures"], 1) == (0,), "a task not seen yet goes by all others"
-    assert chosen("best", ["digits"], 1, ()) == (0,), "nothing known"
+    for nothing in ((), [Usage(torch.zeros(3, 4), torch.zeros(3, 4))] * 4):
+        with pytest.raises(UserError, match=r"adapt.choose best: nothing is known yet .* set adapt.router_steps"):
+            chosen("best", ["digits"], 1, nothing)
     with pytest.raises(UserError, match=r"no layer has an expert that only digits may choose; add some with `expand`"):
         chosen("added", ["digits"], None)
 

@@ -23,7 +23,7 @@ RUNGS = (
     ("structure", "selection", "surgery"),
     ("parallel.*",),
     ("checkpoint", "plan", "runlog", "costs"),
-    ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand"),
+    ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
     ("bench.*",),
     ("cli", "cli_bench", "cli_modular", "__main__"),
 )
