@@ -110,20 +110,20 @@ def from_model(model: ModelFile, recipe: Recipe, network: MultiTaskNetwork, wher
     _check_tasks(model.recipe, recipe, where)
     shared = [task for task in network.task_names if task in source.task_names]
     own = network.state_dict()
-    given = {n: tensor for n, tensor in model.state.items() if n in own and _head_of(n) in (None, *shared)}
+    given = {n: model.state[n] for n in own if n in model.state and _head_of(n) in (None, *shared)}
     at_random = tuple(name for name in own if name not in given)
     left = tuple(name for name in model.state if name not in given)
-    gaps = _task_gaps(source, network) + _expert_gaps(source, network)
-    for text, names in (("the file lacks", at_random), ("this run has no place for the file's", left)):
-        other = [name for name in names if _head_of(name) in (None, *shared)]
-        gaps += [_Gap("tensors", f"{text} {grouped(other)}")] if other else []
-    _ask_leave(gaps, recipe, where)
     rows = {network.task_names.index(task): source.task_names.index(task) for task in shared}
     placed = _place(own, given, (_axes_of(source), _axes_of(network)), rows)
     wrong = [name for name, (value, _) in placed.items() if value is None]
     if wrong:
         shapes = f"{wrong[0]} is {_shape(given[wrong[0]])} there and {_shape(own[wrong[0]])} here"
         raise UserError(f"init_from {where}: {shapes}; {_unlike(model.recipe, recipe)}")
+    gaps = _task_gaps(source, network) + _expert_gaps(source, network)
+    for text, names in (("the file lacks", at_random), ("this run has no place for the file's", left)):
+        other = [name for name in names if _head_of(name) in (None, *shared)]
+        gaps += [_Gap("tensors", f"{text} {grouped(other)}")] if other else []
+    _ask_leave(gaps, recipe, where)
     state = own | {name: value for name, (value, _) in placed.items() if value is not None}
     _check_visible(state, network, where)
     changed = {name: how for name, (_, how) in placed.items() if how}

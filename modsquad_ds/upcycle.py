@@ -133,7 +133,8 @@ def check_sizes(vit: Mapping[str, Tensor], spec: ModelSpec, where: str) -> None:
     fc1, fc2 = (vit.get(f"blocks.0.mlp.{name}.weight", torch.empty(0, 0)) for name in ("fc1", "fc2"))
     if (patch.dim(), qkv.dim(), fc1.dim(), fc2.dim()) != (4, 2, 2, 2):
         shapes = ", ".join(_shown(tensor) for tensor in (patch, qkv, fc1, fc2))
-        raise UserError(f"init_from {where}: patch_embed.proj and block 0's qkv, fc1 and fc2 are {shapes}, expected 4-D and 2-D ones")
+        wrong = f"init_from {where}: patch_embed.proj and block 0's qkv, fc1 and fc2 are {shapes}"
+        raise UserError(f"{wrong}, expected 4-D and 2-D ones")
     hidden = len(fc1) or fc2.shape[1]
     numbers = {int(of[1]) for name in vit if len(of := name.split(".")) > 2 and of[0] == "blocks" and of[1].isdigit()}
     found: list[tuple[str, object, object]] = [
