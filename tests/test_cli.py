@@ -20,7 +20,7 @@ def run(*arguments: str, cwd: Path, launcher: list[str] | None = None, timeout: 
 def test_help_names_every_command(tmp_path: Path) -> None:
     found = run("--help", cwd=tmp_path)
     assert found.returncode == 0
-    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare"):
+    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare", "usage"):
         assert command in found.stdout
 
 
@@ -30,6 +30,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["train", "nothing"], "error: recipe nothing: no such file"),
         (["train", "quickstart", "train.stps=3"], "error: recipe quickstart: train.stps: unknown key; did you mean steps?"),
         (["evaluate", "nowhere.safetensors"], "error: model nowhere.safetensors: no such file"),
+        (["usage", "nowhere.safetensors"], "error: model nowhere.safetensors: no such file"),
         (["shards", "imagenet", "nowhere", "out"], "error: "),
         (["shards", "cifar", ".", "out"], "error: "),
     ],

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from modsquad_ds import costs
-from modsquad_ds.costs import Costs, Version, costs_of, costs_side_by_side, image_size, median_seconds, print_costs
+from modsquad_ds.costs import (
+    Costs,
+    Version,
+    costs_of,
+    costs_side_by_side,
+    count_flops,
+    image_size,
+    median_seconds,
+    print_costs,
+)
+from modsquad_ds.model import laid_out, products
 from modsquad_ds.model.network import build_network
+from modsquad_ds.model.sparse import SparseMLP
 from small import small_recipe
 
 CPU = torch.device("cpu")
@@ -66,6 +77,20 @@ def test_bf16_network_is_measured_in_its_own_precision() -> None:
     recipe = small_recipe()
     version = Version(build_network(recipe).to(torch.bfloat16), recipe)
     assert costs_of(version, "digits", runs=1).flops == flops_by_hand(16)
+
+
+def test_grouped_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's way in bf16, forward; and backward, twice that."""
+    monkeypatch.setattr(products, "way_for", lambda x: laid_out)
+    recipe = small_recipe()
+    network = build_network(recipe).to(torch.bfloat16)
+    assert all(laid_out.can_group(layer.experts.fc1_weight) for layer in network.modules() if isinstance(layer, SparseMLP))
+    assert costs_of(Version(network, recipe), "digits", runs=1).flops == flops_by_hand(16)
+    x, w = torch.randn(10, 16, dtype=torch.bfloat16), torch.randn(2, 16, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([4, 10], dtype=torch.int32)
+    for tensor in (x, w):
+        tensor.requires_grad_()
+    assert count_flops(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends).square().sum().backward()) == 3 * 2 * 10 * 16 * 8
 
 
 def test_seconds_are_the_median_and_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def on_rank(rank: int, world: int, data: str) -> tuple[Usage, ...]:
 def test_ranks_measure_what_one_measures(data: Path) -> None:
     """Five textures on two ranks: one fills up with an image that must not count, in a batch of its own."""
     alone = measured(recipe_of(data))
-    for found in run_ranks(2, on_rank, str(data)):
+    for found in run_ranks(2, on_rank, str(data), timeout=240):
         for mine, expected in zip(found, alone, strict=True):
             assert torch.equal(mine.share_TE, expected.share_TE), "counts are exact"
             assert_close(mine.prob_TE, expected.prob_TE, rtol=1e-6, atol=1e-7)

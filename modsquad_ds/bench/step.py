@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from modsquad_ds.bench.jobs import run_job
 from modsquad_ds.bench.measure import Row, Seconds, interleave, timing_rows, wait_for_device, with_environment
 from modsquad_ds.bench.workload import DENSE, PACKED, VARIANTS, Workload, step_batch, step_of, trainer_of, workload
+from modsquad_ds.costs import count_flops
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier
 
@@ -70,11 +69,9 @@ def measure_alone(variant: str, images: Any, size: str) -> list[Row] | None:
     rest = reset_peak()
     step()
     peak = read_peak()
-    # The counter does not know CPU's fused attention, so here attention is matrix products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
+    flops = count_flops(step)
     launch.stop()
-    return [{"case": variant, "rest_mib": rest, "peak_mib": peak - rest, "flops": counter.get_total_flops()}]
+    return [{"case": variant, "rest_mib": rest, "peak_mib": peak - rest, "flops": flops}]
 
 
 def reset_peak() -> float:
