@@ -64,7 +64,7 @@ def read_task(text: str, model: ModelFile) -> tuple[str, TaskSpec]:
     One entry `NAME: {kind: ..., ...}`, also under `tasks:`; of a recipe's several tasks, the one that the model lacks.
     """
     tree = _yaml(text)
-    entries = tree.get("tasks", tree) if isinstance(tree, dict) else None
+    entries = tree.get("tasks", tree) if isinstance(tree, dict) else tree
     if isinstance(entries, dict) and len(entries) > 1:
         entries = {name: entry for name, entry in entries.items() if name not in model.recipe.active}
     if not isinstance(entries, dict) or len(entries) != 1:
@@ -106,8 +106,9 @@ def classes_of(recipe: Recipe, name: str, spec: TaskSpec, root: Path) -> tuple[s
 
 def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Recipe:
     """The recipe that starts from the larger model and trains the new task's parts: its routers, head and new experts."""
-    adapt = AdaptSpec(tasks=(name,), train="experts", experts=max(new), choose="added")
-    if not any(new):
+    if any(new):
+        adapt = AdaptSpec(tasks=(name,), train="experts", experts=max(new), choose="added")
+    else:
         adapt = AdaptSpec(tasks=(name,), train="routers+heads")
     changes = {"name": f"{recipe.name}_{name}", "run": model.with_suffix(""), "init_from": InitSpec(path=model), "adapt": adapt}
     return recipe.model_copy(update=changes)

@@ -146,7 +146,8 @@ def sweep_png(model: ModelFile, points: Sequence[Point], found: Sequence[Outcome
         axes.set_ylabel(metric)
         axes.set_xlim(0, 103)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:  # none where the data cannot say the metric
+            axes.legend(frameon=False)
     return draw.figure_png(figure)
 
 

@@ -151,9 +151,8 @@ def test_damaged_models_and_bad_places(model: Path, data: Path, tmp_path: Path, 
     (tmp_path / "out.sweep.png").touch()
     with pytest.raises(UserError, match=r"--out .*out\.sweep\.png: exists already"):
         extract(model, ["digits"], out, data=data, sweep=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="works in one process; start it without a launcher"):
         extract(model, ["digits"], out)
     assert {path.name for path in tmp_path.iterdir()} == {"broken.safetensors", "out.sweep.png"}
