@@ -216,7 +216,7 @@ def test_a_router_for_all_tasks(path: Path) -> None:
     for name in ("backbone.blocks.0.attn.router.weight", "backbone.blocks.0.attn.router.visible"):
         assert torch.equal(found.state[name], model.state[name])
     message = refusal(lambda: started(path))
-    shapes = "backbone.blocks.0.attn.router.visible is 1x4 there and 3x4 here"
+    shapes = "backbone.blocks.0.attn.router.weight is 1x4x32 there and 3x4x32 here"
     assert f"{shapes}; model.router.per_task is False there and True here" in message
 
 
