@@ -99,7 +99,7 @@ def from_vit(vit: Mapping[str, Tensor], recipe: Recipe, network: MultiTaskNetwor
     matched = tuple(f"backbone.{name}" for name in made.state if name not in made.ours)
     rest = tuple(name for name in own if name not in matched and name not in changed)
     notes = [f"{recipe.model.shape.heads} attention heads by the recipe; a state dict does not tell their number"]
-    notes += [f"not the ViT's function at step 0: {_first(made.changes)}"] if made.changes else ["the ViT's function at step 0"]
+    notes += [f"not the ViT's function at step 0: {_by_block(made.changes)}" if made.changes else "the ViT's function at step 0"]
     return Started(state, (), f"timm ViT {where}", matched, changed, rest, made.left + made.lost, tuple(notes), {})
 
 
@@ -331,6 +331,12 @@ def _head_of(name: str) -> str | None:
 
 def _unnumbered(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _by_block(changes: Iterable[str]) -> str:
+    """`blocks.3.mlp: why` of several blocks as one."""
+    parted = Counter((_unnumbered(path), why) for path, _, why in (change.rpartition(": ") for change in changes))
+    return _first([f"{path}: {why} ({n})" if path else why for (path, why), n in parted.items()])
 
 
 def _first(items: Iterable[str]) -> str:

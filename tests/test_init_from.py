@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from modsquad_ds.checkpoint import folder_of
 from modsquad_ds.config import Recipe, load_recipe, recipe_from_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.init_from import Started, grouped, initial_state, report
@@ -377,9 +376,9 @@ def test_two_ranks_start_and_learn_as_one(path: Path, tmp_path: Path) -> None:
     assert abs(alone.values[0][0] - from_nothing.values[0][0]) > 0.01, "the file made a difference"
 
 
-def begun(rank: int, world: int, recipes: list[Recipe]) -> list[Any]:
-    """Usage and some weights of every recipe's trainer at step 0."""
-    trainers = [build_trainer(recipe, launch.start()) for recipe in recipes]
+def begun(rank: int, world: int, recipes: list[tuple[Recipe, int]]) -> list[Any]:
+    """Usage and some weights of every recipe's trainer, built to go on after a number of steps."""
+    trainers = [build_trainer(recipe, launch.start(), done) for recipe, done in recipes]
     return [(trainer.usage, trainer.network.state_dict()["backbone.norm.bias"].clone()) for trainer in trainers]
 
 
@@ -388,9 +387,6 @@ def test_a_trainer_starts_from_the_file_unless_a_checkpoint_resumes(path: Path, 
     config = {"deepspeed_config": config_file(tmp_path, 1)}
     fresh = small_recipe(**config, init_from=str(path), run=str(tmp_path / "fresh"))
     going_on = small_recipe(**config, init_from=str(tmp_path / "gone"), run=str(tmp_path / "on"))
-    folder = folder_of(tmp_path / "on", 3)
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    (usage, norm), (no_usage, own_norm) = run_ranks(1, begun, [fresh, going_on])[0]
+    (usage, norm), (no_usage, own_norm) = run_ranks(1, begun, [(fresh, 0), (going_on, 3)])[0]
     assert torch.equal(norm, model.state["backbone.norm.bias"]) and not own_norm.any()
     assert no_usage == () and torch.equal(usage[3].share_TE, model.usage[3].share_TE)
