@@ -1,5 +1,5 @@
-"""Surgery: rules worked out by hand, the smaller model against the larger one that is told to use the same experts, bit for bit,
-and a larger model whose old tasks compute what they did."""
+"""Surgery: the smaller model against the larger one that is told to use the same experts, and a larger one whose old tasks
+compute what they did, both bit for bit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modsquad_ds.adapt_spec import PruneSpec
 from modsquad_ds.config import recipe_from_tree, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model_file import ModelFile, network_of
 from modsquad_ds.objective import Usage
-from modsquad_ds.selection import Candidates, Kept, kept_by_usage, kept_experts, share_kept
+from modsquad_ds.selection import Kept, kept_experts
 from modsquad_ds.structure import PerKind, structure_of
 from modsquad_ds.surgery import expand, extract
 from modsquad_ds.tasks import ClassificationTask, TaskSpec
@@ -79,94 +78,6 @@ def assert_equal(found: ModelFile, expected: ModelFile) -> None:
 
 def everything(model: ModelFile, tasks: Sequence[str]) -> Kept:
     return kept_experts(model, tasks, None)
-
-
-# ---------------------------------------------------------------- which experts stay, by hand
-
-
-def layer(use: list[list[float]], seen: list[list[int]] | None = None, size: int = 10, least: int = 2) -> Candidates:
-    use_TE = torch.tensor(use, dtype=torch.float64)
-    seen_TE = torch.ones_like(use_TE, dtype=torch.bool) if seen is None else torch.tensor(seen, dtype=torch.bool)
-    return Candidates("blocks.1.mlp", use_TE, seen_TE, size, least)
-
-
-def test_rule_of_mod_squad() -> None:
-    """Top-2 of 6 experts: shares of tokens, which sum to 2. 3 % of the tokens is the line, and at least two stay."""
-    rule = PruneSpec(min_usage=0.03)
-    one = [0.9, 0.02, 0.03, 1.0, 0.05, 0.0]
-    assert kept_by_usage([layer([one])], rule) == ((0, 2, 3, 4),)
-    concentrated = [0.01, 1.99, 0.0, 0.0, 0.0, 0.0]
-    assert kept_by_usage([layer([concentrated])], rule) == ((0, 1),), "the second most used stays, as top-k is 2"
-    assert kept_by_usage([layer([[0.0, 2.0, 0.0, 0.0]])], rule) == ((0, 1),), "of equals the lower number"
-    assert kept_by_usage([layer([one, concentrated])], rule) == ((0, 1, 2, 3, 4),), "union over tasks"
-    assert kept_by_usage([layer([one]), layer([concentrated], least=1)], rule) == ((0, 2, 3, 4), (1,))
-
-
-def test_most_used_of_each_layer() -> None:
-    layers = [layer([[0.5, 0.9, 0.6, 0.0], [0.0, 0.0, 0.1, 1.9]]), layer([[0.4, 0.5, 0.5, 0.6], [1.0, 1.0, 0.0, 0.0]])]
-    assert kept_by_usage(layers, PruneSpec(keep=2)) == ((1, 2, 3), (0, 1, 3)), "each task's two"
-    assert kept_by_usage(layers, PruneSpec(keep=9)) == ((0, 1, 2, 3), (0, 1, 2, 3))
-    with pytest.raises(UserError, match=r"keep 1: blocks\.1\.mlp needs 2 experts, as many as its top-k; keep 2 or more"):
-        kept_by_usage(layers, PruneSpec(keep=1))
-    assert kept_by_usage([one._replace(least=1) for one in layers], PruneSpec(keep=1)) == ((1, 3), (0, 3))
-
-
-def test_share_of_the_parameters_over_all_layers() -> None:
-    """Four experts of 10 and four of 30: 160 in all. Two of each layer must stay: 80, half of it."""
-    small, large = layer([[0.9, 0.8, 0.2, 0.1]]), layer([[0.9, 0.7, 0.3, 0.05]], size=30)
-    kept = {share: kept_by_usage([small, large], PruneSpec(keep_params=share)) for share in (0.5, 0.6, 0.69, 0.75, 0.8, 1.0)}
-    least = ((0, 1), (0, 1))
-    assert kept[0.5] == kept[0.6] == least, "the next, expert 2 of the large layer, would make 110 of 160"
-    assert kept[0.69] == ((0, 1), (0, 1, 2)), "110 of 160 are 68.75 %"
-    assert kept[0.75] == ((0, 1, 2), (0, 1, 2)), "120 of 160, exactly"
-    assert kept[0.8] == kept[0.75], "130 of 160 are 81 %"
-    assert kept[1.0] == ((0, 1, 2, 3), (0, 1, 2, 3))
-    with pytest.raises(UserError, match=r"keep_params 49\.0%: .* are 50\.0% of the experts' parameters \(80 of 160\)"):
-        kept_by_usage([small, large], PruneSpec(keep_params=0.49))
-    two = [layer([[0.9, 0.8, 0.2, 0.1], [0.0, 0.9, 0.9, 0.3]], least=1)]
-    assert kept_by_usage(two, PruneSpec(keep_params=0.75)) == ((0, 1, 2),), "by the largest use of any task"
-
-
-def test_experts_that_a_task_does_not_see_are_not_kept_for_it() -> None:
-    """Whatever the usage says of expert 3."""
-    half = layer([[0.5, 0.6, 0.0, 0.9]], [[1, 1, 1, 0]])
-    for rule in (PruneSpec(min_usage=0.03), PruneSpec(keep=2)):
-        assert kept_by_usage([half], rule) == ((0, 1),)
-    assert kept_by_usage([half], PruneSpec(keep=4)) == kept_by_usage([half], None) == ((0, 1, 2),)
-    assert kept_by_usage([half], PruneSpec(keep_params=1.0)) == ((0, 1, 2),)
-    assert kept_by_usage([half], PruneSpec(keep_params=0.6)) == ((0, 1),)
-
-
-def test_no_layers_no_experts() -> None:
-    for rule in (None, PruneSpec(min_usage=0.1), PruneSpec(keep=2), PruneSpec(keep_params=0.2)):
-        assert kept_by_usage([], rule) == ()
-
-
-def test_usage_is_the_share_of_tokens() -> None:
-    """A share of choices of 0.015 is 3 % of the tokens at top-2, and the rule's line lies at the model's own top-k."""
-    model = trained()
-    share_TE = torch.tensor([[0.485, 0.5, 0.015, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]])
-    model = model._replace(usage=tuple(Usage(share_TE, share_TE) for _ in range(4)))
-    assert kept_experts(model, ["digits"], PruneSpec(min_usage=0.0299)) == ((0, 1, 2),) * 4
-    assert kept_experts(model, ["digits"], PruneSpec(min_usage=0.031)) == ((0, 1),) * 4
-    assert kept_experts(model, ["textures"], PruneSpec(min_usage=0.9), PerKind(1, 2)) == ((0, 1),) * 4
-    assert kept_experts(model, ["textures"], PruneSpec(keep=1), PerKind(1, 1)) == ((0,),) * 4
-    assert kept_experts(model, ["textures", "digits"], PruneSpec(keep=2)) == ((0, 1),) * 4
-    assert share_kept(model, ((0, 1), (0,), (0, 1, 2, 3), (1,))) == pytest.approx((6 * 1024 + 2 * 1592) / (8 * (1024 + 1592)))
-
-
-def test_without_usage_only_everything_can_be_kept() -> None:
-    model = trained()._replace(usage=())
-    assert everything(model, ["digits"]) == ((0, 1, 2, 3),) * 4
-    zero = trained()
-    for usage in zero.usage:
-        usage.share_TE[1] = 0
-    for rule in (PruneSpec(min_usage=0.03), PruneSpec(keep=2), PruneSpec(keep_params=0.9)):
-        with pytest.raises(UserError, match="task 'digits': the model holds no usage of experts for it"):
-            kept_experts(model, ["digits"], rule)
-        with pytest.raises(UserError, match="task 'scenes': the model holds no usage"):
-            kept_experts(zero, ["digits", "scenes"], rule)
-        assert kept_experts(zero, ["digits"], rule)
 
 
 # ---------------------------------------------------------------- a smaller model
@@ -323,8 +234,10 @@ def test_old_tasks_compute_what_they_did(case: str, dtype: torch.dtype) -> None:
 def test_what_is_added() -> None:
     model = trained()
     share_TE = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.3, 0.0], [0.0, 0.0, 0.5, 0.5]])  # sums 0.5 0.5 1.1 0.9
-    model = model._replace(usage=tuple(Usage(share_TE, share_TE) for _ in range(4)))
+    tables = [share_TE.roll(i, 1) for i in range(4)]
+    model = model._replace(usage=tuple(Usage(table, table) for table in tables))
     grown = expand(model, "faces", FACES, PerKind(mlp=3, attention=0), ["no", "yes"])
+    most_used = {0: [3, 0, 1], 1: [1, 2, 3]}  # of blocks: 2 3 0 1 as the sums stand, moved on by one and by three
     assert list(grown.recipe.tasks) == [*TASKS, "faces"] and grown.recipe.tasks["faces"] == FACES
     assert grown.classes == {**CLASSES, "faces": ["no", "yes"]}
     assert (grown.recipe.model.mlp.num_experts, grown.recipe.model.attention.num_experts) == (7, 4)
@@ -338,17 +251,17 @@ def test_what_is_added() -> None:
         elif name.endswith("mlp.router.visible"):
             assert found.tolist() == [[True] * 4 + [False] * 3] * 3 + [[True] * 7]
         elif ".mlp.experts." in name:
-            assert old is not None and torch.equal(found[:4], old) and torch.equal(found[4:], old[[2, 3, 0]]), "most used first"
+            assert old is not None and torch.equal(found[:4], old) and torch.equal(found[4:], old[most_used[int(name[16])]])
         elif name.endswith("mlp.router.weight"):
             assert old is not None and torch.equal(found[:3, :4], old) and torch.equal(found[3], tensor[3])
         elif name.endswith(("attn.router.weight", "task_embed", "attn.router.visible")):
             assert old is not None and torch.equal(found[:3], old) and torch.equal(found[3], tensor[3])
         else:
             assert old is not None and torch.equal(found, old), name
-    for (kind, places), usage in zip((("attn", 4), ("mlp", 7)) * 2, grown.usage, strict=True):
-        expected = torch.zeros(4, places)
-        expected[:3, :4] = share_TE
-        assert torch.equal(usage.share_TE, expected) and torch.equal(usage.prob_TE, expected), kind
+    for experts, table, usage in zip((4, 7, 4, 7), tables, grown.usage, strict=True):
+        expected = torch.zeros(4, experts)
+        expected[:3, :4] = table
+        assert torch.equal(usage.share_TE, expected) and torch.equal(usage.prob_TE, expected)
     assert_equal(expand(model, "faces", FACES, PerKind(3, 0), ["no", "yes"]), grown)
 
 
