@@ -10,6 +10,7 @@ from modsquad_ds.selection import Candidates, kept_by_usage, kept_experts, share
 from modsquad_ds.structure import PerKind
 from test_surgery import everything, trained
 
+
 def layer(use: list[list[float]], seen: list[list[int]] | None = None, size: int = 10, least: int = 2) -> Candidates:
     use_TE = torch.tensor(use, dtype=torch.float64)
     seen_TE = torch.ones_like(use_TE, dtype=torch.bool) if seen is None else torch.tensor(seen, dtype=torch.bool)
