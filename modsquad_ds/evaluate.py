@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from modsquad_ds.config import Recipe
+from modsquad_ds.data.finish import finished_images, to_device
 from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
 from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
@@ -124,12 +125,13 @@ def by_canvas(sub: SubBatch, like: Tensor) -> Iterator[tuple[list[int], Tensor]]
     Images of one canvas go through the network together, without the padding that larger neighbours brought: attention
     would see it, and the result would depend on who the neighbours were.
     """
-    whole = tuple(sub.images_BCHW.shape[-2:])
+    whole_BCHW = finished_images(to_device(sub._replace(targets={}), like.device)).to(like.dtype)
+    whole = tuple(whole_BCHW.shape[-2:])
     places: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, meta in enumerate(sub.meta):
         places[meta.get("canvas", whole)].append(i)
     for (height, width), chosen in places.items():
-        yield chosen, sub.images_BCHW[chosen, :, :height, :width].to(like.device, like.dtype)
+        yield chosen, whole_BCHW[chosen, :, :height, :width]
 
 
 def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str, float | None, float | None]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from modsquad_ds import draw
 from modsquad_ds.config import Recipe
+from modsquad_ds.data.collate import Pixels, Ready
 from modsquad_ds.data.decode import Decoded, DetectionLabel, decode_rgb
-from modsquad_ds.data.transforms import TRANSFORMS, Pixels, Ready
+from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import BATCH_IMAGES, model_path, predict_batch
 from modsquad_ds.files import write_atomic, write_json
@@ -74,7 +75,7 @@ def predict(model: Path, images: list[Path], task: str, out: Path) -> None:
     names, row = file.classes[task], TRANSFORMS[kind]
     with torch.inference_mode():
         for batch in _batches(_prepare(image, recipe, task) for image in _followed(images, f"predict {task}")):
-            sub = row.collate([one.ready for one in batch], [str(one.path) for one in batch])
+            sub = row.collate([one.ready for one in batch], [str(one.path) for one in batch], _pixels(recipe))
             for one, prediction in zip(batch, predict_batch(network, task, sub), strict=True):
                 facts = {"image": str(one.path), "task": task, "model": str(path)}
                 _write(out, one.path.stem, facts, ANSWERS[kind](one.image, prediction, names))
@@ -123,9 +124,12 @@ def _decode(path: Path) -> Tensor:
 def _prepare(path: Path, recipe: Recipe, task: str) -> _Prepared:
     """Decode and transform as the task's evaluation does, with an empty label where a shard holds one."""
     spec, image = recipe.active[task], _decode(path)
-    pixels = Pixels(recipe.mean, recipe.std, recipe.model.shape.patch)
     decoded = Decoded(image, _NO_LABEL[spec.kind](image))
-    return _Prepared(path, image, TRANSFORMS[spec.kind].evaluate(decoded, spec.transform, pixels))
+    return _Prepared(path, image, TRANSFORMS[spec.kind].evaluate(decoded, spec.transform, _pixels(recipe)))
+
+
+def _pixels(recipe: Recipe) -> Pixels:
+    return Pixels(recipe.mean, recipe.std, recipe.model.shape.patch)
 
 
 _NO_LABEL: dict[str, Callable[[Tensor], int | DetectionLabel | Tensor]] = {

@@ -20,10 +20,11 @@ from modsquad_ds import checkpoint
 from modsquad_ds.adapt import close, hide_unused, is_adaptation, without_unseen
 from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
+from modsquad_ds.data.finish import finished_images, to_device
 from modsquad_ds.data.loader import LoaderPlan, check_data, train_loader
 from modsquad_ds.data.order import derive_seed
 from modsquad_ds.data.shards import ShardSet
-from modsquad_ds.data.types import Batch, SubBatch
+from modsquad_ds.data.types import Batch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import make_folder, write_json
 from modsquad_ds.model.heads import check_norm
@@ -254,7 +255,7 @@ def forward_backward(trainer: Trainer, batch: Batch) -> Report:
     network, device = trainer.network, launch.device()
     batch = {task: to_device(sub, device) for task, sub in batch.items()}
     dtype = network.backbone.pos_embed.dtype
-    output: NetworkOutput = trainer.engine({task: sub.images_BCHW.to(dtype) for task, sub in batch.items()})
+    output: NetworkOutput = trainer.engine({task: finished_images(sub).to(dtype) for task, sub in batch.items()})
     terms = {task: network.head(task).losses(output.outputs[task], sub.targets) for task, sub in batch.items()}
     sums = sum_over_ranks(flatten(terms, output.stats))
     total = unflatten(sums, terms, output.stats)
@@ -263,11 +264,6 @@ def forward_backward(trainer: Trainer, batch: Batch) -> Report:
     trainer.engine.backward(loss)
     trainer.usage = updated_usage(trainer.usage, total[1], trainer.recipe.loss.memory)
     return report
-
-
-def to_device(sub: SubBatch, device: torch.device) -> SubBatch:
-    """Images and targets on the device; asynchronous where the loader pinned them."""
-    return sub._replace(images_BCHW=_moved(sub.images_BCHW, device), targets=_moved(sub.targets, device))
 
 
 def record_of(trainer: Trainer, report: Report, work: Work, step: int, seconds: float) -> dict[str, Any]:
@@ -343,14 +339,6 @@ def _more(work: Work, batch: Batch, patch: int, waited: float) -> Work:
     shapes = [sub.images_BCHW.shape for sub in batch.values()]
     tokens = sum(n * (height // patch) * (width // patch) for n, _, height, width in shapes)
     return Work(work.images + sum(shape[0] for shape in shapes), work.tokens + tokens, work.waited + waited)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
-    return [_moved(v, device) for v in value] if isinstance(value, list) else value
 
 
 def _grad_norm(engine: Any) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from modsquad_ds.data.loader import LoaderPlan
-from modsquad_ds.data.types import RawSample, SubBatch
+from modsquad_ds.data.types import Finish, RawSample, SubBatch
 from modsquad_ds.tasks import ClassificationTask, DetectionTask, SegmentationTask, TaskSpec
 
 SIZES = {"digits": [7, 0, 5, 9], "scenes": [4, 3], "textures": [5, 1]}
@@ -133,4 +133,7 @@ def joined(parts: list[SubBatch]) -> SubBatch:
         values = [part.targets[name] for part in parts]
         targets[name] = [*chain.from_iterable(values)] if isinstance(value, list) else torch.cat(values)
     images = torch.cat([part.images_BCHW for part in parts])
-    return SubBatch(images, targets, sum((part.keys for part in parts), ()), sum((part.meta for part in parts), ()))
+    keys, meta = sum((part.keys for part in parts), ()), sum((part.meta for part in parts), ())
+    constants, tensors = parts[0].finish[:2], zip(*(part.finish[2:] for part in parts), strict=True)
+    finish = Finish(*constants, *(None if each[0] is None else torch.cat(each) for each in tensors))
+    return SubBatch(images, targets, keys, meta, finish)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from modsquad_ds.config import Recipe, recipe_from_tree
-from modsquad_ds.data.types import Batch, SubBatch
+from modsquad_ds.data.finish import finished_images
+from modsquad_ds.data.types import Batch, Finish, SubBatch
 
 ZERO0 = '{"zero_optimization": {"stage": 0}, "zero_allow_untested_optimizer": true}'
 
@@ -58,11 +59,11 @@ def small_recipe(**changes: Any) -> Recipe:
 def small_batch(step: int, rank: int, world: int) -> Batch:
     """This rank's part of a global batch that depends on the step alone. Ranks get unequal numbers of boxes and pixels."""
     g = torch.Generator().manual_seed(1000 + step)
-    digits = torch.randn(8, 3, 32, 32, generator=g), torch.randint(5, (8,), generator=g)
-    scenes = torch.randn(4, 3, 32, 48, generator=g)
+    digits = _noise(g, 8, 3, 32, 32), torch.randint(5, (8,), generator=g)
+    scenes = _noise(g, 4, 3, 32, 48)
     boxes = [torch.tensor([[2.0, 3.0, 20.0, 22.0], [25.0, 5.0, 44.0, 30.0]])[: (i + step) % 3] for i in range(4)]
     labels = [torch.arange(len(b)) for b in boxes]
-    textures, masks = torch.randn(4, 3, 32, 32, generator=g), torch.randint(4, (4, 32, 32), generator=g)
+    textures, masks = _noise(g, 4, 3, 32, 32), torch.randint(4, (4, 32, 32), generator=g)
     masks[0, :20] = 255
 
     def part(x: Any) -> Any:
@@ -77,6 +78,16 @@ def small_batch(step: int, rank: int, world: int) -> Batch:
     }
 
 
+def small_images(batch: Batch) -> dict[str, torch.Tensor]:
+    """What the network sees of a batch."""
+    return {task: finished_images(sub) for task, sub in batch.items()}
+
+
+def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """uint8 pixels; finished, they have mean 0 and variance 1."""
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
 def _sub(images: torch.Tensor, targets: dict[str, Any]) -> SubBatch:
     n = len(images)
-    return SubBatch(images, targets, tuple(f"{i}" for i in range(n)), tuple({} for _ in range(n)))
+    return SubBatch(images, targets, tuple(f"{i}" for i in range(n)), tuple({} for _ in range(n)), Finish((127.5,) * 3, (73.9,) * 3))

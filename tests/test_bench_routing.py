@@ -8,7 +8,7 @@ from modsquad_ds.model.network import build_network
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.ranks import Ranks
 from ranks import run_ranks
-from small import small_batch, small_recipe
+from small import small_batch, small_images, small_recipe
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(12, 4, 2), (7, 6, 3), (5, 3, 3), (3, 8, 1)])
@@ -23,7 +23,7 @@ def test_balanced_choice_gives_every_expert_as_many_tokens_up_to_one(tokens: int
 def test_network_routes_in_balance_inside_the_block_and_as_learned_outside() -> None:
     torch.manual_seed(0)
     network = build_network(small_recipe())
-    images = {task: sub.images_BCHW for task, sub in small_batch(0, 0, 1).items()}
+    images = small_images(small_batch(0, 0, 1))
     routers = [layer.router for layer in network.backbone.sparse_layers().values()]
     learned = network(images)
     with balanced(network), observed(routers) as counts:

@@ -29,7 +29,7 @@ from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 from modsquad_ds.parallel.experts import with_capacity
 from modsquad_ds.train import build_trainer, record_of, train_step
 from ranks import run_ranks
-from small import small_batch, small_recipe
+from small import small_batch, small_images, small_recipe
 from test_objective import sums_of
 from test_sparse import SEGMENTS, TOKENS, TWINS, WIDTH, Choice, choose_all, compare, make
 from test_vit import backbone_of, image
@@ -298,7 +298,7 @@ def on_rank(rank: int, world: int, recipe: Recipe) -> OnRank:
             layers[kind] = gradients(layer, tokens_of(rank))
     trainer = build_trainer(recipe, ranks)
     batch = small_batch(0, rank, world)
-    images = {task: sub.images_BCHW for task, sub in batch.items()}
+    images = small_images(batch)
     evaluated, alone = (network.eval()(images) for network in (trainer.network, build_network(recipe)))
     assert_close(evaluated.outputs, alone.outputs, atol=1e-5, rtol=1e-5)
     assert not any(s.dropped_T.any() for s in evaluated.stats)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from modsquad_ds.data.collate import Pixels
 from modsquad_ds.data.decode import Decoded, DetectionLabel
-from modsquad_ds.data.transforms import TRANSFORMS, Pixels
+from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.evaluate import predict_batch
 from modsquad_ds.model.network import build_network
 from modsquad_ds.tasks import DETECTION
@@ -32,11 +33,11 @@ def test_an_image_is_predicted_alike_alone_and_beside_others(task: str) -> None:
     shapes = ((30, 60), (60, 30), (40, 44))
     images = [torch.randint(256, (3, *shape), generator=generator, dtype=torch.uint8) for shape in shapes]
     ready = [rows.evaluate(Decoded(image, label(spec.kind, image)), spec.transform, pixels) for image in images]
-    together = rows.collate(ready, ["a", "b", "c"])
+    together = rows.collate(ready, ["a", "b", "c"], pixels)
     assert together.images_BCHW.shape[-2:] == (64, 64)
     with torch.inference_mode():
         found = predict_batch(network, task, together)
-        alone = [predict_batch(network, task, rows.collate([one], ["x"]))[0] for one in ready]
+        alone = [predict_batch(network, task, rows.collate([one], ["x"], pixels))[0] for one in ready]
     assert len(found) == 3
     for a, b in zip(found, alone, strict=True):
         assert a.keys() == b.keys()

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_a_batch_is_what_types_py_says() -> None:
     batch = global_batch(0)
     assert list(batch) == ["digits", "scenes", "textures"]
     digits, scenes, textures = batch.values()
-    assert digits.images_BCHW.shape == (8, 3, 32, 32) and digits.images_BCHW.dtype == torch.float32
+    assert digits.images_BCHW.shape == (8, 3, 32, 32) and digits.images_BCHW.dtype == torch.uint8
     assert digits.targets["probabilities"].shape == (8, 3) and digits.meta == ({},) * 8
     assert len(scenes.targets["boxes"]) == len(scenes.targets["labels"]) == len(scenes.targets["ignore"]) == 4
     assert scenes.images_BCHW.shape[-2:] in [(32, 48), (48, 32), (40, 40)]
@@ -78,11 +79,16 @@ def test_resume_continues_the_same_batches() -> None:
         assert_equal(later, through[4 * plan(**changes).accumulation :])
 
 
+def marked(value: int, images: int, canvas: tuple[int, int]) -> torch.Tensor:
+    return torch.full((images, 3, *canvas), value, dtype=torch.uint8)
+
+
 def test_every_pixel_of_a_batch_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [global_batch(step) for step in range(4)]
-    with monkeypatch.context() as patch:
-        patch.setattr(loader, "_batch_memory", lambda images, canvas: torch.full((images, 3, *canvas), torch.nan))
-        assert_equal([global_batch(step) for step in range(4)], expected)
+    for value in (0, 255):
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "_batch_memory", partial(marked, value))
+            assert_equal([global_batch(step) for step in range(4)], expected)
     monkeypatch.setattr(loader, "_HUGE", 0)
     assert_equal([global_batch(step) for step in range(4)], expected)
 
@@ -93,7 +99,7 @@ def test_an_image_is_the_same_in_a_batch_and_alone(name: str) -> None:
     rows = TRANSFORMS[spec.kind]
     canvas = rows.canvas(spec.transform, 0, name, 0)
     for seed in range(12):
-        sample, out = decode_sample(store.read(0, seed % 4), spec.kind, 3), torch.full((3, *canvas), torch.nan)
+        sample, out = decode_sample(store.read(0, seed % 4), spec.kind, 3), marked(255, 1, canvas)[0]
         with seeded(seed):
             alone = rows.train(sample, spec.transform, plan().pixels, canvas)
         with seeded(seed):
@@ -200,7 +206,7 @@ def test_pinned_parcel_keeps_its_types(monkeypatch: pytest.MonkeyPatch) -> None:
     parcel = pin_memory(_Parcel(batch))
     assert isinstance(parcel, _Parcel)
     assert_equal(parcel.content, batch)
-    assert len(pinned) == (1 + 1) + (1 + 3 * 4) + (1 + 1)
+    assert len(pinned) == (1 + 1 + 4) + (1 + 3 * 4 + 1) + (1 + 1 + 1)
     assert pin_memory(_Parcel(failure="words")).failure == "words"
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modsquad_ds.data.types import SubBatch
+from modsquad_ds.data.types import Finish, SubBatch
 from modsquad_ds.metrics import METRICS, Metric
 from modsquad_ds.mmseg_compat import iou_metric
 from modsquad_ds.tasks import KINDS
 
-NO_IMAGES = torch.zeros(0)
+NO_IMAGES, NO_FINISH = torch.zeros(0), Finish((0, 0, 0), (1, 1, 1))
 
 
 def merged(kind: str, classes: int, states: Sequence[Any]) -> dict[str, float]:
@@ -41,9 +41,8 @@ def test_without_images_there_is_nothing_to_measure(kind: str) -> None:
 def classified(metric: Metric, probabilities: Sequence[Sequence[float]], labels: list[int], valid: list[bool]) -> None:
     predictions = [{"probabilities": torch.tensor(row), "label": 0} for row in probabilities]
     keys = tuple(str(i) for i in range(len(labels)))
-    metric.update(
-        predictions, SubBatch(NO_IMAGES, {"labels": torch.tensor(labels)}, keys, tuple({"valid": v} for v in valid))
-    )
+    targets, meta = {"labels": torch.tensor(labels)}, tuple({"valid": v} for v in valid)
+    metric.update(predictions, SubBatch(NO_IMAGES, targets, keys, meta, NO_FINISH))
 
 
 def test_accuracy_by_hand() -> None:
@@ -86,7 +85,7 @@ def test_accuracy_does_not_depend_on_the_ranks() -> None:
 def segmented(metric: Metric, masks: Sequence[Tensor], labels: Sequence[Tensor], valid: bool = True) -> None:
     meta = tuple({"valid": valid, "label": label.to(torch.uint8)} for label in labels)
     predictions = [{"mask": mask.to(torch.uint8)} for mask in masks]
-    metric.update(predictions, SubBatch(NO_IMAGES, {}, tuple("x" * len(meta)), meta))
+    metric.update(predictions, SubBatch(NO_IMAGES, {}, tuple("x" * len(meta)), meta, NO_FINISH))
 
 
 def test_iou_by_hand() -> None:
@@ -173,7 +172,7 @@ def detected(
         "labels": torch.tensor([label for _, _, label in found], dtype=torch.int64),
     }
     meta = {"valid": more.get("valid", True), "annotations": annotations}
-    metric.update([prediction], SubBatch(NO_IMAGES, {}, (key,), (meta,)))
+    metric.update([prediction], SubBatch(NO_IMAGES, {}, (key,), (meta,), NO_FINISH))
 
 
 SMALL, OTHER = [10.0, 10.0, 20.0, 20.0], [100.0, 100.0, 110.0, 110.0]

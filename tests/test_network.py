@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from modsquad_ds.config import load_recipe
 from modsquad_ds.model.counts import Counts, count_parameters
 from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput, build_network
-from small import small_batch, small_recipe
+from small import small_batch, small_images, small_recipe
 
 
 def test_network_is_a_function_of_the_recipe_alone() -> None:
@@ -44,12 +44,12 @@ def test_initial_values() -> None:
 def test_network_gives_every_task_its_own_head() -> None:
     network = build_network(small_recipe()).eval()
     batch = small_batch(0, 0, 1)
-    output: NetworkOutput = network({task: sub.images_BCHW for task, sub in batch.items()})
+    output: NetworkOutput = network(small_images(batch))
     assert output.outputs["digits"]["logits"].shape == (8, 5)
     assert output.outputs["scenes"]["logits"][0].shape == (4, 3, 8, 12)
     assert output.outputs["textures"]["logits"].shape == (4, 4, 8, 8)
     assert len(output.stats) == 4
-    alone = network({"textures": batch["textures"].images_BCHW})
+    alone = network({"textures": small_images(batch)["textures"]})
     assert_close(alone.outputs["textures"]["logits"], output.outputs["textures"]["logits"], atol=1e-5, rtol=1e-4)
     assert list(alone.outputs) == ["textures"] and alone.stats[0].token_T.tolist() == [0, 0, 64]
 

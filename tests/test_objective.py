@@ -14,7 +14,7 @@ from modsquad_ds.model.heads.base import LossTerm
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.objective import Objective, Report, Terms, Usage, flatten, no_usage, unflatten, updated_usage
-from small import small_batch, small_recipe
+from small import small_batch, small_images, small_recipe
 
 OFF = {"loss.mutual_information": 0.0, "loss.load_balance": 0.0, "loss.z_loss": 0.0}
 WEIGHTS = {"tasks.scenes.loss_weight": 2.0, "tasks.textures.loss_weight": 0.5}
@@ -184,7 +184,7 @@ def test_usage_by_hand() -> None:
 
 
 def sums_of(network: MultiTaskNetwork, batch: Batch) -> tuple[Terms, Sequence[RoutingStats]]:
-    output = network({task: sub.images_BCHW for task, sub in batch.items()})
+    output = network(small_images(batch))
     terms = {task: network.head(task).losses(output.outputs[task], sub.targets) for task, sub in batch.items()}
     return terms, output.stats
 

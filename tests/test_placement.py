@@ -30,7 +30,7 @@ from modsquad_ds.placement import (
 from modsquad_ds.plan import loader_plan, step_tokens
 from modsquad_ds.train import build_trainer, resume, save
 from ranks import run_ranks
-from small import small_batch, small_recipe
+from small import small_batch, small_images, small_recipe
 from test_checkpoint import recipe_of
 from test_topology import Curve, assert_same, config_file, one_step
 
@@ -157,7 +157,7 @@ def test_tokens_of_a_step_by_hand() -> None:
 def run(network: MultiTaskNetwork) -> tuple[list[Tensor], list[Usage], float, dict[str, Tensor]]:
     """Head outputs, statistics, a loss that reads all of both, and its gradients."""
     network.zero_grad()
-    output = network({task: sub.images_BCHW for task, sub in small_batch(0, 0, 1).items()})
+    output = network(small_images(small_batch(0, 0, 1)))
     flat = [x for of_task in output.outputs.values() for value in of_task.values() for x in tensors(value)]
     loss = sum(((x * torch.linspace(-1, 2, x.numel()).view_as(x)).sin().mean() for x in flat), torch.zeros(()))
     loss = loss + sum(s.prob_TE.square().mean() + s.lse2_T.mean() for s in output.stats) / 100

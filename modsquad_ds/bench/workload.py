@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from modsquad_ds.config import Recipe, recipe_from_tree
-from modsquad_ds.data.types import Batch, SubBatch
+from modsquad_ds.data.types import Batch, Finish, SubBatch
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.model.sparse import SparseLayer
@@ -98,7 +98,8 @@ def _sub_batch(task: str, count: int, side: int, seed: int) -> SubBatch:
     else:
         targets = {"labels": torch.randint(10, (count, side, side), generator=g)}
     keys = tuple(f"{i}" for i in range(count))
-    return SubBatch(torch.randn(count, 3, side, side, generator=g), targets, keys, ({},) * count)
+    images = torch.randint(256, (count, 3, side, side), generator=g, dtype=torch.uint8)
+    return SubBatch(images, targets, keys, ({},) * count, Finish((127.5,) * 3, (73.9,) * 3))
 
 
 class TimmBackbone(nn.Module):

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from modsquad_ds.data.collate import Pixels, Ready
 from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.order import SampleOrder, Sampling, TaskSchedule, derive_seed, rank_slice, step_positions
 from modsquad_ds.data.shards import ShardSet
-from modsquad_ds.data.transforms import TRANSFORMS, Pixels, Ready, eval_resize, seeded
-from modsquad_ds.data.types import Batch, RawSample, SubBatch
+from modsquad_ds.data.transforms import TRANSFORMS, eval_resize, seeded
+from modsquad_ds.data.types import Batch, Finish, RawSample, SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.tasks import (
     ClassificationTask,
@@ -139,29 +140,29 @@ class _TaskStream:
             with seeded(derive_seed("sample", plan.seed, self.name, place.epoch, position)):
                 samples.append(rows.train(decoded, self.spec.transform, plan.pixels, canvas, image))
             keys.append(raw.key)
-        batch = rows.collate(samples, keys, images)
+        batch = rows.collate(samples, keys, plan.pixels, images)
         if self.mixing is None:
             return batch
-        seeds = [derive_seed("mix", plan.seed, self.name, first) for first in positions[::2]]
-        return mix_pairs(batch, self.mixing, seeds, out=images)
+        return mix_pairs(batch, self.mixing, [derive_seed("mix", plan.seed, self.name, first) for first in positions[::2]])
 
 
 def _batch_memory(images: int, canvas: Size) -> Tensor:
-    """Room for a batch's images, float32 `[images, 3, *canvas]`, that transforms write to. Fresh memory is what costs most.
+    """Room for a batch's images, uint8 `[images, 3, *canvas]`, that transforms write to, a pixel's bytes side by side.
 
     In a worker process it is the memory that the batch travels in, as in torch's own collate: no copy on the way. Elsewhere the
     kernel is asked for huge pages, which it hands out several times faster.
     """
-    shape, size = (images, 3, *canvas), 4 * images * 3 * canvas[0] * canvas[1]
+    size = images * 3 * canvas[0] * canvas[1]
     if get_worker_info() is not None:
-        shared = torch.UntypedStorage._new_shared(size)
-        return torch.empty(0, dtype=torch.float32).set_(shared).view(shape)
-    if size < _HUGE:
-        return torch.empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    elif size < _HUGE:
+        flat = torch.empty(size, dtype=torch.uint8)
+    else:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+    return flat.view(images, *canvas, 3).permute(0, 3, 1, 2)
 
 
 def _mixing(spec: TaskSpec) -> Mixing | None:
@@ -234,7 +235,7 @@ class EvalDataset(Dataset[SubBatch]):
             ready = rows.evaluate(decoded, self._spec.transform, self._pixels)
             samples.append(ready._replace(meta=ready.meta | {"valid": wanted == position}))
             keys.append(raw.key)
-        return rows.collate(samples, keys)
+        return rows.collate(samples, keys, self._pixels)
 
 
 def eval_batches(plan: LoaderPlan, task: str, split: str, batch_size: int, workers: int = 0) -> "BatchLoader[SubBatch]":
@@ -264,11 +265,14 @@ class _Parcel(Generic[T]):
 
 
 def _pin(content: Any) -> Any:
-    """Page-locked copies of images and targets, anything else as it is."""
+    """Page-locked copies of images, what finishes them and targets, anything else as it is."""
     if isinstance(content, Tensor):
         return content.pin_memory()
     if isinstance(content, SubBatch):
-        return content._replace(images_BCHW=_pin(content.images_BCHW), targets=_pin(content.targets))
+        images, targets = _pin(content.images_BCHW), _pin(content.targets)
+        return content._replace(images_BCHW=images, targets=targets, finish=_pin(content.finish))
+    if isinstance(content, Finish):
+        return Finish(*map(_pin, content))
     if isinstance(content, dict):
         return {name: _pin(value) for name, value in content.items()}
     return [_pin(value) for value in content] if isinstance(content, list) else content

@@ -1,8 +1,9 @@
-"""Decoded sample -> float image and target that the model sees: augmentation by kind, between decoding and the batch.
+"""Decoded sample -> uint8 image and target: augmentation by kind, between decoding and the batch.
 
 `TRANSFORMS` has one row per kind: a training and an evaluation transform and the function that makes a batch of their
-results. The transforms draw from torch's global generator and nothing else; the caller seeds it per sample (`seeded`),
-so a sample's augmentation depends on its place in the stream and on no worker, rank or batch size.
+results. Pixels stay bytes: what needs real numbers is only drawn here and done on the device (`finish.py`). The
+transforms draw from torch's global generator and nothing else; the caller seeds it per sample (`seeded`), so a sample's
+augmentation depends on its place in the stream and on no worker, rank or batch size.
 """
 
 import functools
@@ -17,10 +18,22 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from modsquad_ds.data.collate import (
+    Collate,
+    Erased,
+    Pixels,
+    Ready,
+    Rectangle,
+    canvas_memory,
+    collate_classification,
+    collate_detection,
+    collate_segmentation,
+    fill,
+    pad,
+)
 from modsquad_ds.data.decode import IGNORE_INDEX, Decoded, DetectionLabel
 from modsquad_ds.data.order import derive_seed
 from modsquad_ds.data.photometric import PhotometricDistort
-from modsquad_ds.data.types import SubBatch
 from modsquad_ds.tasks import (
     CLASSIFICATION,
     DETECTION,
@@ -33,27 +46,6 @@ from modsquad_ds.tasks import (
 
 _CROP_DRAWS = 10
 """Extra draws of a segmentation crop in which one class covers too much."""
-
-
-class Pixels(NamedTuple):
-    """How pixels become the model's input."""
-
-    mean: tuple[float, float, float]
-    """RGB, scale 0..255."""
-    std: tuple[float, float, float]
-    patch_size: int
-    """Side of a token in pixels: canvases are multiples of it."""
-
-
-class Ready(NamedTuple):
-    """One transformed sample."""
-
-    image: Tensor
-    """float32 `[3, h, w]`, normalised."""
-    target: dict[str, Any]
-    """The sample's part of `SubBatch.targets`, keys in the singular of one image."""
-    meta: dict[str, Any]
-    """The sample's part of `SubBatch.meta`; empty in training."""
 
 
 @contextmanager
@@ -80,25 +72,9 @@ def step_canvas(spec: DetectionTransform, seed: int, task: str, step: int) -> Si
     return spec.canvases[derive_seed("canvas", seed, task, step) % len(spec.canvases)]
 
 
-@functools.lru_cache
-def _mean_and_std(pixels: Pixels) -> tuple[Tensor, Tensor]:
-    """float32 `[3, 1, 1]` each."""
-    return torch.tensor(pixels.mean)[:, None, None], torch.tensor(pixels.std)[:, None, None]
-
-
-def _normalize(image: Tensor, pixels: Pixels, out: Tensor | None = None) -> Tensor:
-    """uint8 image `[3, h, w]` -> normalised float32, written to `out` if that is given.
-
-    In place from the first copy on: fresh memory costs more than the arithmetic. v2's own spends most of its time on checks.
-    """
-    mean, std = _mean_and_std(pixels)
-    filled = image.to(torch.float32, memory_format=torch.contiguous_format) if out is None else out.copy_(image)
-    return filled.sub_(mean).div_(std)
-
-
-def _canvas_of(size: Sequence[int], out: Tensor | None) -> Tensor:
-    """`out`, or fresh memory for an image of `size`."""
-    return torch.empty(3, *size) if out is None else out
+def _channels_apart(image: Tensor) -> Tensor:
+    """One channel after the other in memory: torch's kernels that change colours are several times faster then."""
+    return fill(torch.empty(image.shape, dtype=torch.uint8), image)
 
 
 def _contiguous(image: Tensor) -> Tensor:
@@ -148,18 +124,28 @@ def _augmentation(spec: ClassificationTransform, pixels: Pixels) -> _Augmentatio
     crop = v2.RandomResizedCrop(spec.image_size, spec.scale, spec.ratio)
     color = erasing = None
     if spec.rand_augment_ops:
-        fill, bilinear = [round(value) for value in pixels.mean], InterpolationMode.BILINEAR
-        color = v2.RandAugment(spec.rand_augment_ops, spec.rand_augment_magnitude, interpolation=bilinear, fill=fill)
+        grey, bilinear = [round(value) for value in pixels.mean], InterpolationMode.BILINEAR
+        color = v2.RandAugment(spec.rand_augment_ops, spec.rand_augment_magnitude, interpolation=bilinear, fill=grey)
     if spec.erasing:
         # Area, ratio and noise of the field's ImageNet recipes (timm's and mmpretrain's "rand" mode).
-        erasing = v2.RandomErasing(spec.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random", inplace=True)
+        erasing = v2.RandomErasing(spec.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
     return _Augmentation(crop, color, erasing)
+
+
+def _erased(erasing: v2.RandomErasing, image: Tensor) -> Erased:
+    """Rectangle and noise, drawn as `erasing` itself would; an empty rectangle if it would leave the image alone."""
+    if torch.rand(1) < erasing.p:
+        drawn = erasing.make_params([image])
+        top, left, height, width, noise = (drawn[name] for name in "ijhwv")
+        if noise is not None:  # None: no rectangle fitted
+            return Erased((top, left, top + height, left + width), noise)
+    return Erased((0, 0, 0, 0), torch.empty(3, 0, 0))
 
 
 def classification_train(
     sample: Decoded, spec: ClassificationTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None
 ) -> Ready:
-    """RandomResizedCrop, flip, RandAugment, normalise, RandomErasing. Target: `label` int."""
+    """RandomResizedCrop, flip, RandAugment; RandomErasing's noise is drawn, not yet placed. Target: `label` int."""
     crop, color, erasing = _augmentation(spec, pixels)
     place = crop.make_params([sample.image])
     top, left, height, width = (place[name] for name in ("top", "left", "height", "width"))
@@ -169,24 +155,18 @@ def classification_train(
     if torch.rand(()) < spec.flip:
         image = image.flip(-1)
     if color is not None:
-        image = color(image.contiguous())
-    image = _normalize(image, pixels, _canvas_of(canvas, out))
-    return Ready(image if erasing is None else erasing(image), {"label": sample.label}, {})
+        image = color(_channels_apart(image))
+    image = image if out is None else fill(out, image)
+    return Ready(image, {"label": sample.label}, {}, erased=None if erasing is None else _erased(erasing, image))
 
 
 def classification_eval(sample: Decoded, spec: ClassificationTransform, pixels: Pixels) -> Ready:
-    """Short side to `eval_resize`, centre crop, normalise. Target: `label` int."""
+    """Short side to `eval_resize`, centre crop. Target: `label` int."""
     short = eval_resize(spec)
     scale = short / min(sample.image.shape[-2:])
     image = F.resize(sample.image, _scaled(sample.image, scale), interpolation=InterpolationMode.BICUBIC)
     image = F.center_crop(image, [spec.image_size, spec.image_size])
-    return Ready(_normalize(image, pixels), {"label": sample.label}, _original(sample.image))
-
-
-def collate_classification(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
-    """Targets: `labels` int64 `[B]`."""
-    labels = torch.tensor([sample.target["label"] for sample in samples], dtype=torch.int64)
-    return SubBatch(_padded(samples, images), {"labels": labels}, tuple(keys), tuple(sample.meta for sample in samples))
+    return Ready(image, {"label": sample.label}, _original(sample.image))
 
 
 # ---------------------------------------------------------------- detection
@@ -196,8 +176,8 @@ Window = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 
-def _look(image: Tensor, window: Window, pixels: Pixels, out: Tensor) -> Tensor:
-    """What the window shows of a uint8 image, normalised, 0 beyond the image; fills `out` `[3, height, width]`."""
+def _look(image: Tensor, window: Window, out: Tensor) -> Rectangle:
+    """Fill `out` `[3, height, width]` with what the window shows, 0 beyond the image; the part that is image."""
     top, left, height, width = window
     rows = slice(max(-top, 0), min(image.shape[-2] - top, height))
     columns = slice(max(-left, 0), min(image.shape[-1] - left, width))
@@ -206,15 +186,14 @@ def _look(image: Tensor, window: Window, pixels: Pixels, out: Tensor) -> Tensor:
     out[:, rows, : columns.start] = 0
     out[:, rows, columns.stop :] = 0
     seen = image[:, rows.start + top : rows.stop + top, columns.start + left : columns.stop + left]
-    _normalize(seen, pixels, out[:, rows, columns])
-    return out
+    fill(out[:, rows, columns], seen)
+    return rows.start, columns.start, rows.stop, columns.stop
 
 
-def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, pixels: Pixels, out: Tensor | None) -> Ready:
+def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, out: Tensor | None) -> Ready:
     """Resize to `size`, flip, and look through `window` (top, left, height, width), which may lie beyond the image.
 
     Boxes are clipped first to the image and then to the window; those left with less than 1 px of a side are dropped.
-    What lies beyond the image is 0 after normalisation: the mean colour.
     """
     label, (height, width) = sample.label, sample.image.shape[-2:]
     assert isinstance(label, DetectionLabel)
@@ -224,7 +203,8 @@ def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, pix
     boxes = F.resize(boxes, list(size))
     if flip:
         image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
-    image = _look(image, window, pixels, _canvas_of(window[2:], out))
+    shown = canvas_memory(window[2:]) if out is None else out
+    area = _look(image, window, shown)
     corners = F.crop(F.clamp_bounding_boxes(boxes), *window).as_subclass(Tensor)
     kept = (corners[:, 2:] - corners[:, :2] >= 1).all(1)
     objects = len(label.boxes)
@@ -233,7 +213,7 @@ def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, pix
         "labels": label.labels[kept[:objects]],
         "ignore": corners[objects:][kept[objects:]],
     }
-    return Ready(image, target, {})
+    return Ready(shown, target, {}, area)
 
 
 def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None) -> Ready:
@@ -248,7 +228,7 @@ def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, c
         offset = _at_most(abs(room - side))
         corner.append(offset if side > room else -offset)
     flip = bool(torch.rand(()) < spec.flip)
-    return _place(sample, size, (corner[0], corner[1], *canvas), flip, pixels, out)
+    return _place(sample, size, (corner[0], corner[1], *canvas), flip, out)
 
 
 def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) -> Ready:
@@ -256,16 +236,10 @@ def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) ->
     upright = sample.image.shape[-2] > sample.image.shape[-1]
     canvas = sorted(spec.eval_canvas, reverse=upright)
     size = _scaled(sample.image, _fits(sample.image, (canvas[0], canvas[1])))
-    ready = _place(sample, size, (0, 0, canvas[0], canvas[1]), False, pixels, None)
+    ready = _place(sample, size, (0, 0, canvas[0], canvas[1]), False, None)
     assert isinstance(sample.label, DetectionLabel)
     meta = {"content": (size[0], size[1]), "canvas": (canvas[0], canvas[1]), "annotations": sample.label.annotations}
     return ready._replace(meta=_original(sample.image) | meta)
-
-
-def collate_detection(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
-    """Pads to the largest of the batch. Targets: lists of B tensors `boxes`, `labels`, `ignore`."""
-    targets = {name: [sample.target[name] for sample in samples] for name in ("boxes", "labels", "ignore")}
-    return SubBatch(_padded(samples, images), targets, tuple(keys), tuple(sample.meta for sample in samples))
 
 
 # ---------------------------------------------------------------- segmentation
@@ -305,16 +279,10 @@ def _random_crop(mask: Tensor, spec: SegmentationTransform) -> tuple[slice, slic
     return rows, columns
 
 
-def _pad(image: Tensor, size: Sequence[int], fill: float) -> Tensor:
-    """`[..., h, w]` -> `[..., *size]`, filled at the bottom and on the right."""
-    right, bottom = size[1] - image.shape[-1], size[0] - image.shape[-2]
-    return torch.nn.functional.pad(image, (0, right, 0, bottom), value=fill)
-
-
 def segmentation_train(
     sample: Decoded, spec: SegmentationTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None
 ) -> Ready:
-    """Random scale, random crop, flip, photometric distortion, normalise, pad. Target: `labels` uint8 `[H, W]`."""
+    """Random scale, random crop, flip, photometric distortion, pad. Target: `labels` uint8 `[H, W]`."""
     assert isinstance(sample.label, Tensor)
     scale = _fit_scale(sample.image, spec) * _uniform(spec.ratio)
     image, mask = _resize_pair(sample.image, sample.label, scale)
@@ -323,10 +291,10 @@ def segmentation_train(
     if torch.rand(()) < spec.flip:
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
     if spec.photometric:
-        # One channel after the other in memory: torch's kernels are several times faster then.
-        image = _PHOTOMETRIC(image.contiguous())
-    image = _look(image, (0, 0, *spec.crop), pixels, _canvas_of(spec.crop, out))
-    return Ready(image, {"labels": _pad(mask, spec.crop, IGNORE_INDEX)}, {})
+        image = _PHOTOMETRIC(_channels_apart(image))
+    shown = canvas_memory(spec.crop) if out is None else out
+    area = _look(image, (0, 0, *spec.crop), shown)
+    return Ready(shown, {"labels": pad(mask, spec.crop, IGNORE_INDEX)}, {}, area)
 
 
 def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixels) -> Ready:
@@ -336,25 +304,8 @@ def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixe
     content = (image.shape[-2], image.shape[-1])
     size = [-(-side // pixels.patch_size) * pixels.patch_size for side in content]
     meta = _original(sample.image) | {"label": sample.label, "content": content, "canvas": (size[0], size[1])}
-    return Ready(_pad(_normalize(image, pixels), size, 0.0), {"labels": _pad(mask, size, IGNORE_INDEX)}, meta)
-
-
-def collate_segmentation(samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
-    """Pads to the largest of the batch. Targets: `labels` int64 `[B, H, W]`."""
-    images = _padded(samples, images)
-    labels = torch.stack([_pad(sample.target["labels"], images.shape[-2:], IGNORE_INDEX) for sample in samples])
-    return SubBatch(images, {"labels": labels.long()}, tuple(keys), tuple(sample.meta for sample in samples))
-
-
-def _padded(samples: Sequence[Ready], images: Tensor | None) -> Tensor:
-    """Images `[B, 3, H, W]`, the smaller ones padded with 0, the mean colour. `images` holds them already, if given."""
-    if images is not None:
-        return images
-    height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (-2, -1))
-    images = torch.zeros(len(samples), 3, height, width)
-    for image, sample in zip(images, samples, strict=True):
-        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
-    return images
+    labels = {"labels": pad(mask, size, IGNORE_INDEX)}
+    return Ready(pad(image, size, 0), labels, meta, (0, 0, *content))
 
 
 # ---------------------------------------------------------------- the table
@@ -365,13 +316,6 @@ class TrainTransform(Protocol):
 
     def __call__(self, sample: Decoded, spec: Any, pixels: Pixels, canvas: Size, out: Tensor | None = None) -> Ready:
         """`spec`: transform section of the recipe. `canvas`: the step's. The image goes to `out` `[3, *canvas]` if given."""
-
-
-class Collate(Protocol):
-    """Ready samples -> batch."""
-
-    def __call__(self, samples: Sequence[Ready], keys: Sequence[str], images: Tensor | None = None) -> SubBatch:
-        """`images` `[B, 3, H, W]`: where the samples' images lie already, else they are copied together."""
 
 
 class KindTransforms(NamedTuple):

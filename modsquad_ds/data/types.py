@@ -18,11 +18,34 @@ class RawSample(NamedTuple):
     """Path of the tar, for error messages."""
 
 
+class Finish(NamedTuple):
+    """What is left to do to a batch's images on the device, in the order of the fields; `data.finish` does it.
+
+    Rectangles are int64 `[B, 4]`: top, left, bottom and right in pixels of the canvas, the last two exclusive. An empty
+    rectangle leaves its image alone, and None leaves all of them alone.
+    """
+
+    mean: tuple[float, float, float]
+    """RGB, scale 0..255: subtracted."""
+    std: tuple[float, float, float]
+    """Divided by."""
+    area_B4: Tensor | None = None
+    """What an image covers of its canvas; the rest becomes 0, the mean colour, which no byte could say exactly."""
+    erased_B4: Tensor | None = None
+    """RandomErasing: what `noise` covers."""
+    noise: Tensor | None = None
+    """float32 in normalised units: the pixels of `erased_B4`, image after image, each channel by channel and row by row."""
+    mixed_B4: Tensor | None = None
+    """Mixup and CutMix: where images 2i and 2i + 1 hold a part of each other."""
+    kept_B: Tensor | None = None
+    """float32: share of its own pixels that an image keeps inside `mixed_B4`, 0 for CutMix."""
+
+
 class SubBatch(NamedTuple):
-    """The images of one task in one step on one rank, ready for the model."""
+    """The images of one task in one step on one rank. `data.finish` makes the model's input of them."""
 
     images_BCHW: Tensor
-    """float32, normalised, all of one canvas whose sides are multiples of the patch size."""
+    """uint8 RGB, all of one canvas whose sides are multiples of the patch size."""
     targets: dict[str, Any]
     """By kind.
     classification: `labels` int64 `[B]`, or with Mixup/CutMix `probabilities` float32 `[B, num_classes]`.
@@ -38,6 +61,7 @@ class SubBatch(NamedTuple):
     detection: `content` (height, width) of the image inside the canvas, `annotations` (the shard's json, decoded).
     segmentation: `label` uint8 tensor `[h, w]` at the original size, `content` (height, width) of the image inside the canvas.
     """
+    finish: Finish
 
 
 Batch = dict[str, SubBatch]
