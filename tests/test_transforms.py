@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from modsquad_ds.data.collate import Pixels, Ready, collate_classification
 from modsquad_ds.data.decode import Decoded, DetectionLabel
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.transforms import (
     TRANSFORMS,
-    Pixels,
-    Ready,
     classification_eval,
     classification_train,
-    collate_classification,
     detection_eval,
     detection_train,
     eval_resize,
@@ -32,6 +31,16 @@ IMAGENET = Pixels(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), p
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+KIND_OF = {"label": "classification", "boxes": "detection", "labels": "segmentation"}
+"""First target of a sample -> kind of its task."""
+
+
+def seen(ready: Ready, pixels: Pixels = RAW) -> Tensor:
+    """What the model sees of the sample, float32 `[3, h, w]`."""
+    rows = TRANSFORMS[KIND_OF[next(iter(ready.target))]]
+    return finished_images(rows.collate([ready], ["key"], pixels))[0]
 
 
 # ---------------------------------------------------------------- seeds
@@ -60,15 +69,15 @@ def test_training_leaves_an_image_of_the_right_size_sharp() -> None:
     spec = ClassificationTransform(image_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, eval_resize=32)
     expected = (image.float() - torch.tensor(IMAGENET.mean)[:, None, None]) / torch.tensor(IMAGENET.std)[:, None, None]
     ready = classification_train(Decoded(image, 3), spec, IMAGENET, (32, 32))
-    torch.testing.assert_close(ready.image, expected)
+    torch.testing.assert_close(seen(ready, IMAGENET), expected)
     assert ready.target == {"label": 3} and ready.meta == {}
-    torch.testing.assert_close(classification_eval(Decoded(image, 3), spec, IMAGENET).image, expected)
+    torch.testing.assert_close(seen(classification_eval(Decoded(image, 3), spec, IMAGENET), IMAGENET), expected)
 
 
 def test_flip_mirrors_the_image() -> None:
     image = noise(32, 32)
     spec = ClassificationTransform(image_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=1.0)
-    assert torch.equal(classification_train(Decoded(image, 0), spec, RAW, (32, 32)).image, image.float().flip(-1))
+    assert torch.equal(classification_train(Decoded(image, 0), spec, RAW, (32, 32)).image, image.flip(-1))
 
 
 def test_crop_covers_the_share_that_the_recipe_says() -> None:
@@ -78,7 +87,7 @@ def test_crop_covers_the_share_that_the_recipe_says() -> None:
     lefts = set()
     for seed in range(8):
         with seeded(seed):
-            image = classification_train(Decoded(ramp, 0), spec, RAW, (64, 64)).image
+            image = seen(classification_train(Decoded(ramp, 0), spec, RAW, (64, 64)))
         assert image.shape == (3, 64, 64)
         spread = (image[0, 32, 60] - image[0, 32, 4]).item()
         assert spread == pytest.approx(100 * 56 / 64, abs=2)
@@ -91,11 +100,11 @@ def test_augmentations_change_the_image_and_follow_the_seed(changes: dict[str, A
     plain = ClassificationTransform(image_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     spec = plain.model_copy(update=changes)
     sample = Decoded(noise(32, 32), 0)
-    plain_image = classification_train(sample, plain, IMAGENET, (32, 32)).image
+    plain_image = seen(classification_train(sample, plain, IMAGENET, (32, 32)))
     images = []
     for seed in (0, 0, 1, 2, 3):
         with seeded(seed):
-            images.append(classification_train(sample, spec, IMAGENET, (32, 32)).image)
+            images.append(seen(classification_train(sample, spec, IMAGENET, (32, 32))))
     assert torch.equal(images[0], images[1])
     assert sum(not torch.equal(image, plain_image) for image in images) >= 4
     assert not torch.equal(images[1], images[2])
@@ -104,7 +113,7 @@ def test_augmentations_change_the_image_and_follow_the_seed(changes: dict[str, A
 def test_erasing_fills_a_rectangle_with_noise() -> None:
     spec = ClassificationTransform(image_size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, erasing=1.0)
     with seeded(3):
-        image = classification_train(Decoded(torch.zeros(3, 64, 64, dtype=torch.uint8), 0), spec, RAW, (64, 64)).image
+        image = seen(classification_train(Decoded(torch.zeros(3, 64, 64, dtype=torch.uint8), 0), spec, RAW, (64, 64)))
     rows, columns = image[0].nonzero().unbind(1)
     height, width = (rows.max() - rows.min() + 1).item(), (columns.max() - columns.min() + 1).item()
     assert len(rows) == height * width and 0.015 < len(rows) / 64**2 < 0.35
@@ -117,7 +126,7 @@ def test_classification_eval_shows_the_centre(height: int, width: int) -> None:
     ready = classification_eval(Decoded(ramp, 1), spec, RAW)
     assert ready.image.shape == (3, 48, 48)
     assert ready.meta == {"valid": True, "size": (height, width)}
-    middle = ready.image[0, 24, 23:25].mean().item()
+    middle = ready.image.float()[0, 24, 23:25].mean().item()
     assert middle == pytest.approx((width - 1) / 2, abs=0.02 * width + 0.5)
     assert eval_resize(ClassificationTransform(image_size=224)) == 256
 
@@ -126,9 +135,9 @@ def test_classification_eval_shows_the_centre(height: int, width: int) -> None:
 
 
 def pair_batch() -> tuple[Tensor, Any]:
-    images = torch.stack([torch.full((3, 16, 16), float(value)) for value in (0, 1, 10, 20)])
+    images = torch.tensor([0, 1, 10, 20], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
     ready = [Ready(image, {"label": label}, {}) for image, label in zip(images, (0, 1, 2, 0), strict=True)]
-    return images, collate_classification(ready, "abcd")
+    return images, collate_classification(ready, "abcd", RAW)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
@@ -139,7 +148,7 @@ def test_mixing_of_pairs(mixup: float, cutmix: float) -> None:
     assert rows.dtype == torch.float32 and list(mixed.targets) == ["probabilities"]
     torch.testing.assert_close(rows.sum(1), torch.ones(4))
     # The mean of an image tells how much of its partner it holds; its labels must say the same.
-    share = mixed.images_BCHW.mean((1, 2, 3))
+    share = finished_images(mixed).mean((1, 2, 3))
     torch.testing.assert_close(share[:2], rows[:2, 1])
     torch.testing.assert_close((share[2:] - 10) / 10, rows[2:, 0])
     torch.testing.assert_close(rows[0, 1], rows[1, 0])
@@ -147,7 +156,7 @@ def test_mixing_of_pairs(mixup: float, cutmix: float) -> None:
     # Cutting the batch at a pair's border changes nothing.
     half = batch._replace(images_BCHW=images[2:], targets={"labels": batch.targets["labels"][2:]})
     again = mix_pairs(half, Mixing(mixup, cutmix, num_classes=3), [2])
-    assert torch.equal(again.images_BCHW, mixed.images_BCHW[2:])
+    assert torch.equal(finished_images(again), finished_images(mixed)[2:])
     assert torch.equal(again.targets["probabilities"], rows[2:])
 
 
@@ -155,9 +164,9 @@ def test_mixup_and_cutmix_take_turns() -> None:
     _, batch = pair_batch()
     blended = 0
     for seed in range(40):
-        mixed = mix_pairs(batch, Mixing(1.0, 1.0, num_classes=3), [seed, seed])
+        image = finished_images(mix_pairs(batch, Mixing(1.0, 1.0, num_classes=3), [seed, seed]))[0]
         # CutMix leaves every pixel 0 or 1, Mixup none.
-        blended += len(mixed.images_BCHW[0].unique()) == 1 and 0 < mixed.images_BCHW[0, 0, 0, 0] < 1
+        blended += len(image.unique()) == 1 and 0 < image[0, 0, 0] < 1
     assert 10 <= blended <= 30
 
 
@@ -198,7 +207,7 @@ def test_boxes_follow_the_pixels_in_training(seed: int) -> None:
         ready = detection_train(sample, spec, RAW, (128, 192))
     assert ready.image.shape == (3, 128, 192) and ready.target["labels"].tolist() == [0, 1]
     boxes = [*ready.target["boxes"].tolist(), *ready.target["ignore"].tolist()]
-    for channel, box in zip(ready.image, boxes, strict=True):
+    for channel, box in zip(seen(ready), boxes, strict=True):
         assert extent(channel) == pytest.approx(box, abs=0.6)
 
 
@@ -220,21 +229,21 @@ def test_scale_place_and_flip_vary_and_stay_on_the_canvas() -> None:
 def test_scales_above_one_crop_and_drop_what_is_gone() -> None:
     spec = DetectionTransform(scale=(4.0, 4.0), flip=0.0)
     sample = scene(64, 64, [(0, 0, 16, 16), (24, 24, 40, 40), (48, 48, 64, 64)])
-    seen = set()
+    kept = set()
     for seed in range(20):
         with seeded(seed):
             ready = detection_train(sample, spec, RAW, (64, 64))
         boxes, labels = ready.target["boxes"], ready.target["labels"].tolist()
-        seen.add(tuple(labels))
+        kept.add(tuple(labels))
         for box, label in zip(boxes.tolist(), labels, strict=True):
             assert min(box) >= 0 and max(box) <= 64
             # Enlarged 4 times a border is a ramp of 4 px; of a box narrower than that no pixel is fully bright.
             if min(box[2] - box[0], box[3] - box[1]) > 4:
-                assert extent(ready.image[label]) == pytest.approx(box, abs=1)
+                assert extent(seen(ready)[label]) == pytest.approx(box, abs=1)
         for label in set(range(3)) - set(labels):
             bright = ready.image[label] > 128
             assert min(bright.any(0).sum(), bright.any(1).sum()) <= 1
-    assert len(seen) > 2
+    assert len(kept) > 2
 
 
 def test_boxes_are_clipped_to_the_image_and_slivers_dropped() -> None:
@@ -258,8 +267,9 @@ def test_detection_eval_fits_the_canvas_at_its_corner(height: int, width: int) -
     assert content == (round(height * scale), round(width * scale))
     assert ready.meta["size"] == (height, width) and ready.meta["valid"] is True
     assert ready.meta["annotations"] == {"image_id": 1}
-    assert (ready.image[:, : content[0], : content[1]] != 0).all()
-    assert (ready.image[:, content[0] :] == 0).all() and (ready.image[:, :, content[1] :] == 0).all()
+    image = seen(ready, IMAGENET)
+    assert (image[:, : content[0], : content[1]] != 0).all()
+    assert (image[:, content[0] :] == 0).all() and (image[:, :, content[1] :] == 0).all()
     x, y = content[1] / width, content[0] / height
     torch.testing.assert_close(ready.target["boxes"], torch.tensor([[5 * x, 6 * y, 20 * x, 25 * y]]))
 
@@ -271,7 +281,7 @@ def test_image_without_boxes_passes() -> None:
 
 def test_padding_is_the_mean_colour() -> None:
     ready = detection_train(Decoded(noise(20, 64), scene(20, 64, []).label), DetectionTransform(), IMAGENET, (64, 64))
-    assert (ready.image == 0).all(0).sum() >= 44 * 64
+    assert (seen(ready, IMAGENET) == 0).all(0).sum() >= 44 * 64
 
 
 def test_canvas_of_a_step_is_drawn_once_for_all() -> None:
@@ -305,8 +315,8 @@ def test_masks_follow_the_pixels_in_training(seed: int) -> None:
         ready = segmentation_train(painted(100, 150, 5), spec, RAW, (64, 96))
     mask = ready.target["labels"]
     assert ready.image.shape == (3, 64, 96) and mask.shape == (64, 96) and mask.dtype == torch.uint8
-    assert agreement(ready.image, mask) > 0.8
-    assert (ready.image[:, mask == 255] == 0).all()
+    assert agreement(seen(ready), mask) > 0.8
+    assert (seen(ready)[:, mask == 255] == 0).all()
 
 
 def test_mask_is_not_shifted_against_the_image() -> None:
@@ -329,7 +339,8 @@ def test_small_images_are_padded_with_ignored_pixels() -> None:
     ready = segmentation_train(Decoded(noise(32, 48) | 1, painted(32, 48, 3).label), spec, IMAGENET, (64, 64))
     mask = ready.target["labels"]
     assert (mask[32:] == 255).all() and (mask[:, 48:] == 255).all() and (mask[:32, :48] != 255).all()
-    assert (ready.image[:, mask == 255] == 0).all() and (ready.image[:, :32, :48] != 0).any(0).all()
+    image = seen(ready, IMAGENET)
+    assert (image[:, mask == 255] == 0).all() and (image[:, :32, :48] != 0).any(0).all()
 
 
 def test_crops_of_one_class_are_drawn_again() -> None:
@@ -384,14 +395,16 @@ def test_segmentation_eval_pads_to_patches_and_keeps_the_label() -> None:
     assert torch.equal(ready.meta["label"], sample.label) and ready.meta["size"] == (50, 90)
     mask = ready.target["labels"]
     assert (mask[83:] == 255).all() and (mask[:, 150:] == 255).all()
-    assert agreement(ready.image, mask) > 0.9
+    assert agreement(seen(ready), mask) > 0.9
 
 
 def test_segmentation_eval_batch_is_padded_to_its_largest() -> None:
     spec = SegmentationTransform(resize=(64, 128))
     samples = [segmentation_eval(painted(height, width, 3), spec, RAW) for height, width in ((40, 60), (60, 40))]
-    batch = TRANSFORMS["segmentation"].collate(samples, ["a", "b"])
+    batch = TRANSFORMS["segmentation"].collate(samples, ["a", "b"], IMAGENET)
     assert batch.images_BCHW.shape == (2, 3, 96, 96) and batch.targets["labels"].shape == (2, 96, 96)
     assert batch.targets["labels"].dtype == torch.int64 and batch.keys == ("a", "b")
-    assert torch.equal(batch.images_BCHW[0, :, :64], samples[0].image)
+    images = finished_images(batch)
+    assert torch.equal(images[0, :, :64], seen(samples[0], IMAGENET))
+    assert (images[0, :, 64:] == 0).all() and (images[1, :, :, 64:] == 0).all()
     assert (batch.targets["labels"][0, 64:] == 255).all()

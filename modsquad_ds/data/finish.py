@@ -31,13 +31,13 @@ def finished_images(sub: SubBatch) -> Tensor:
     x_BCHW = sub.images_BCHW.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
     size = (x_BCHW.shape[2], x_BCHW.shape[3])
     if finish.area_B4 is not None:
-        x_BCHW.masked_fill_(~_inside(finish.area_B4, size), 0.0)
+        x_BCHW.mul_(_inside(finish.area_B4, size))
     if finish.erased_B4 is not None and finish.noise is not None and len(finish.noise):
         x_BCHW.masked_scatter_(_inside(finish.erased_B4, size), finish.noise)
     if finish.mixed_B4 is not None and finish.kept_B is not None:
         partners_BCHW = x_BCHW.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         share_B1HW = _inside(finish.mixed_B4, size) * (1 - finish.kept_B)[:, None, None, None]
-        x_BCHW = x_BCHW.lerp_(partners_BCHW, share_B1HW)
+        x_BCHW.lerp_(partners_BCHW, share_B1HW)
     return x_BCHW
 
 
