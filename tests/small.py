@@ -90,4 +90,5 @@ def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 def _sub(images: torch.Tensor, targets: dict[str, Any]) -> SubBatch:
     n = len(images)
-    return SubBatch(images, targets, tuple(f"{i}" for i in range(n)), tuple({} for _ in range(n)), Finish((127.5,) * 3, (73.9,) * 3))
+    keys, finish = tuple(f"{i}" for i in range(n)), Finish((127.5,) * 3, (73.9,) * 3)
+    return SubBatch(images, targets, keys, tuple({} for _ in range(n)), finish)

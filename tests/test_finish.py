@@ -1,6 +1,5 @@
 """The device's part of the data: bytes become what torchvision's own transforms on real numbers give, sample by sample."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from modsquad_ds.data.collate import Erased, Pixels, Ready, collate_classificati
 from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.finish import finished_images, to_device
 from modsquad_ds.data.loader import StepDataset
-from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.transforms import TRANSFORMS, classification_train, detection_train, seeded
 from modsquad_ds.data.types import Finish, SubBatch
 from modsquad_ds.tasks import DetectionTransform
@@ -110,23 +108,6 @@ def test_erasing_is_torchvisions_on_the_normalised_image() -> None:
     sub = collate_classification(ours, ["x"] * 24, IMAGENET)
     assert torch.equal(finished_images(sub), torch.stack(expected))
     assert 6 <= changed <= 20
-
-
-@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_is_torchvisions_on_the_normalised_images(alphas: tuple[float, float]) -> None:
-    labels = torch.arange(32) % 5
-    ready = [Ready(image, {"label": int(label)}, {}) for image, label in zip(noise(32, 3, 24, 32), labels, strict=True)]
-    batch = collate_classification(ready, ["x"] * 32, IMAGENET)
-    ours = mix_pairs(batch, Mixing(*alphas, num_classes=5), range(16))
-    kinds: tuple[Callable[..., Any], ...] = (v2.MixUp, v2.CutMix)
-    mixers = [make(alpha=alpha, num_classes=5) for make, alpha in zip(kinds, alphas, strict=True) if alpha]
-    for pair, image_pair in enumerate(finished_images(ours).split(2)):
-        rows = slice(2 * pair, 2 * pair + 2)
-        with seeded(pair):
-            mixer = mixers[int(torch.randint(len(mixers), ()))]
-            images, probabilities = mixer(normalised(batch.images_BCHW[rows]), labels[rows])
-        torch.testing.assert_close(image_pair, images, rtol=0, atol=1e-6)
-        assert torch.equal(ours.targets["probabilities"][rows], probabilities)
 
 
 def test_padding_is_told_by_the_area_not_by_the_colour() -> None:

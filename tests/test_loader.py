@@ -23,7 +23,7 @@ from memory import (
     plan,
     tasks,
 )
-from modsquad_ds.data import loader
+from modsquad_ds.data import collate, loader
 from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.loader import StepDataset, _Parcel, eval_batches, train_loader
 from modsquad_ds.data.transforms import TRANSFORMS, seeded
@@ -87,9 +87,9 @@ def test_every_pixel_of_a_batch_is_written(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [global_batch(step) for step in range(4)]
     for value in (0, 255):
         with monkeypatch.context() as patch:
-            patch.setattr(loader, "_batch_memory", partial(marked, value))
+            patch.setattr(loader, "batch_memory", partial(marked, value))
             assert_equal([global_batch(step) for step in range(4)], expected)
-    monkeypatch.setattr(loader, "_HUGE", 0)
+    monkeypatch.setattr(collate, "_HUGE", 0)
     assert_equal([global_batch(step) for step in range(4)], expected)
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modsquad_ds.data.collate import Pixels, Ready, collate_classification
+from modsquad_ds.data.collate import Pixels, Ready
 from modsquad_ds.data.decode import Decoded, DetectionLabel
 from modsquad_ds.data.finish import finished_images
-from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.transforms import (
     TRANSFORMS,
     classification_eval,
@@ -129,45 +128,6 @@ def test_classification_eval_shows_the_centre(height: int, width: int) -> None:
     middle = ready.image.float()[0, 24, 23:25].mean().item()
     assert middle == pytest.approx((width - 1) / 2, abs=0.02 * width + 0.5)
     assert eval_resize(ClassificationTransform(image_size=224)) == 256
-
-
-# ---------------------------------------------------------------- mixing
-
-
-def pair_batch() -> tuple[Tensor, Any]:
-    images = torch.tensor([0, 1, 10, 20], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
-    ready = [Ready(image, {"label": label}, {}) for image, label in zip(images, (0, 1, 2, 0), strict=True)]
-    return images, collate_classification(ready, "abcd", RAW)
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_mixing_of_pairs(mixup: float, cutmix: float) -> None:
-    images, batch = pair_batch()
-    mixed = mix_pairs(batch, Mixing(mixup, cutmix, num_classes=3), [1, 2])
-    rows = mixed.targets["probabilities"]
-    assert rows.dtype == torch.float32 and list(mixed.targets) == ["probabilities"]
-    torch.testing.assert_close(rows.sum(1), torch.ones(4))
-    # The mean of an image tells how much of its partner it holds; its labels must say the same.
-    share = finished_images(mixed).mean((1, 2, 3))
-    torch.testing.assert_close(share[:2], rows[:2, 1])
-    torch.testing.assert_close((share[2:] - 10) / 10, rows[2:, 0])
-    torch.testing.assert_close(rows[0, 1], rows[1, 0])
-    assert torch.equal(batch.images_BCHW, images), "the inputs stay as they were"
-    # Cutting the batch at a pair's border changes nothing.
-    half = batch._replace(images_BCHW=images[2:], targets={"labels": batch.targets["labels"][2:]})
-    again = mix_pairs(half, Mixing(mixup, cutmix, num_classes=3), [2])
-    assert torch.equal(finished_images(again), finished_images(mixed)[2:])
-    assert torch.equal(again.targets["probabilities"], rows[2:])
-
-
-def test_mixup_and_cutmix_take_turns() -> None:
-    _, batch = pair_batch()
-    blended = 0
-    for seed in range(40):
-        image = finished_images(mix_pairs(batch, Mixing(1.0, 1.0, num_classes=3), [seed, seed]))[0]
-        # CutMix leaves every pixel 0 or 1, Mixup none.
-        blended += len(image.unique()) == 1 and 0 < image[0, 0, 0] < 1
-    assert 10 <= blended <= 30
 
 
 # ---------------------------------------------------------------- detection

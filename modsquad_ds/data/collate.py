@@ -4,16 +4,22 @@ Images lie in memory row by row, the three bytes of a pixel side by side, as dec
 into the batch then is one of whole rows.
 """
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from modsquad_ds.data.decode import IGNORE_INDEX
 from modsquad_ds.data.types import Finish, SubBatch
 from modsquad_ds.tasks import Size
+
+_HUGE = 32 * 2**20
+"""Bytes from which the C library returns memory to the kernel as soon as it is freed, so that every batch is fresh."""
 
 Rectangle = tuple[int, int, int, int]
 """Top, left, bottom and right in pixels, the last two exclusive."""
@@ -62,6 +68,25 @@ class Collate(Protocol):
 def canvas_memory(size: Size) -> Tensor:
     """Room for an image, uint8 `[3, height, width]`, not yet written to."""
     return torch.empty(*size, 3, dtype=torch.uint8).permute(2, 0, 1)
+
+
+def batch_memory(images: int, canvas: Size) -> Tensor:
+    """Room for a batch's images, uint8 `[images, 3, *canvas]`, that transforms write to, a pixel's bytes side by side.
+
+    In a worker process it is the memory that the batch travels in, as in torch's own collate: no copy on the way. Elsewhere the
+    kernel is asked for huge pages, which it hands out several times faster.
+    """
+    size = images * 3 * canvas[0] * canvas[1]
+    if get_worker_info() is not None:
+        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    elif size < _HUGE:
+        flat = torch.empty(size, dtype=torch.uint8)
+    else:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+    return flat.view(images, *canvas, 3).permute(0, 3, 1, 2)
 
 
 def fill(out: Tensor, image: Tensor) -> Tensor:

@@ -4,10 +4,8 @@ A training batch is a pure function of (seed, micro-step, rank, world): the data
 sampler is a plain range, and worker processes only compute ahead. Whatever a user has to mend arrives as a UserError.
 """
 
-import mmap
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,9 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from modsquad_ds.data.collate import Pixels, Ready
+from modsquad_ds.data.collate import Pixels, Ready, batch_memory
 from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.order import SampleOrder, Sampling, TaskSchedule, derive_seed, rank_slice, step_positions
@@ -30,12 +28,9 @@ from modsquad_ds.tasks import (
     ClassificationTransform,
     DetectionTransform,
     SegmentationTransform,
-    Size,
     TaskSpec,
 )
 
-_HUGE = 32 * 2**20
-"""Bytes from which the C library returns memory to the kernel as soon as it is freed, so that every batch is fresh."""
 TRAIN, VAL = "train", "val"
 """Names of the splits' folders below a task's `data`."""
 
@@ -131,7 +126,7 @@ class _TaskStream:
         everyone = step_positions(task_step * plan.accumulation + micro, share)
         positions = everyone[rank_slice(share, plan.rank, plan.world)]
         canvas = rows.canvas(self.spec.transform, plan.seed, self.name, step)
-        images = _batch_memory(len(positions), canvas)
+        images = batch_memory(len(positions), canvas)
         samples, keys = [], []
         for position, image in zip(positions, images, strict=True):
             place = self.order.locate(position)
@@ -144,25 +139,6 @@ class _TaskStream:
         if self.mixing is None:
             return batch
         return mix_pairs(batch, self.mixing, [derive_seed("mix", plan.seed, self.name, first) for first in positions[::2]])
-
-
-def _batch_memory(images: int, canvas: Size) -> Tensor:
-    """Room for a batch's images, uint8 `[images, 3, *canvas]`, that transforms write to, a pixel's bytes side by side.
-
-    In a worker process it is the memory that the batch travels in, as in torch's own collate: no copy on the way. Elsewhere the
-    kernel is asked for huge pages, which it hands out several times faster.
-    """
-    size = images * 3 * canvas[0] * canvas[1]
-    if get_worker_info() is not None:
-        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-    elif size < _HUGE:
-        flat = torch.empty(size, dtype=torch.uint8)
-    else:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel built without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        flat = torch.frombuffer(memory, dtype=torch.uint8)
-    return flat.view(images, *canvas, 3).permute(0, 3, 1, 2)
 
 
 def _mixing(spec: TaskSpec) -> Mixing | None:
