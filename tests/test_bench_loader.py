@@ -61,6 +61,7 @@ def test_peer_decodes_what_the_pipeline_reads(shards: Path, monkeypatch: pytest.
     for case in cases:
         bench.record_files(case)
         assert case.files == [files[key] for key in keys_read(case)]
+        assert sum(len(sub.images_BCHW) for sub in case.batches) == len(case.files)
         with monkeypatch.context() as patch:
             patch.setattr(bench, "decode_image", watch)
             decoded.clear()
@@ -74,6 +75,7 @@ def test_rows_hold_what_they_claim(shards: Path) -> None:
     for row, case in zip(rows, bench.cases_of(plan_of(shards), images=3), strict=True):
         assert row["images"] == len(keys_read(case)) >= 3 and row["workers"] == ("worker" in row["case"])
         assert row["ratio"] == pytest.approx(row["images_per_s"] / row["peer_images_per_s"])
+        assert row["finish_ms"] > 0 and 0 < row["ratio_finished"] < row["ratio"]
         assert row["ratio"] > 0  # a round of three images on a busy machine tells no more
         assert ("RandAugment" in row["beyond"], "distortion" in row["beyond"]) == (
             row["case"] == "imagenet",

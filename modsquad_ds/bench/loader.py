@@ -2,6 +2,9 @@
 
 Cases: every task of a recipe as it trains, the same without its changes of colour and content, all tasks together, and all
 tasks through one worker process. The peer decodes the files that the case has read, and does nothing else, on one core.
+
+The pipeline's product is a batch of bytes. What the training device does to it (`data.finish`) is timed too, on one core of
+this machine's processor, as the share of bare decoding would be if the pipeline's own core did that as well.
 """
 
 import tempfile
@@ -29,9 +32,10 @@ from modsquad_ds.bench.measure import (
 from modsquad_ds.bench.photos import write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import IMAGE_FIELDS
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
 from modsquad_ds.data.shards import ShardSet
-from modsquad_ds.data.types import RawSample
+from modsquad_ds.data.types import RawSample, SubBatch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SegmentationTransform, TaskSpec
@@ -58,6 +62,8 @@ class Case:
     """What the case does besides decoding."""
     files: list[bytes] = field(default_factory=list)
     """Image files that a round decodes, in its order."""
+    batches: list[SubBatch] = field(default_factory=list)
+    """What a round makes of them."""
     workers: int = 0
 
 
@@ -109,6 +115,7 @@ def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row
         record_files(case)
         runs[case.name] = _runner(case)
         runs[_peer(case)] = _decoder(case.files)
+        runs[_finish(case)] = _finisher(case.batches)
     seconds = interleave(runs, repeat, warmup=1, label="loader", show=show)
     return with_environment([_row(case, seconds) for case in cases])
 
@@ -156,14 +163,14 @@ def beyond_decoding(spec: TaskSpec) -> str:
         case SegmentationTransform() as t:
             parts = ["mask decoded", f"random scale, crop to {t.crop[0]} x {t.crop[1]} px of both", "flip"]
             parts += ["photometric distortion"] if t.photometric else []
-    return ", ".join(["read", *parts, "normalise", "batch"])
+    return ", ".join(["read", *parts, "batch"])
 
 
 def record_files(case: Case) -> None:
-    """Run the case once and keep the image files that it reads, in its order."""
+    """Run the case once and keep the image files that it reads, in its order, and the batches."""
     files: list[bytes] = []
-    plan = replace(case.plan, open_store=lambda folder: _Recorder(folder, files))
-    _run(StepDataset(plan), case.steps)
+    dataset = StepDataset(replace(case.plan, open_store=lambda folder: _Recorder(folder, files)))
+    case.batches = [sub for step in case.steps for sub in dataset[step].values()]
     case.files = files
 
 
@@ -197,13 +204,27 @@ def _decoder(files: Sequence[bytes]) -> Callable[[], Any]:
     return decode
 
 
+def _finisher(batches: Sequence[SubBatch]) -> Callable[[], Any]:
+    def finish() -> None:
+        for sub in batches:
+            finished_images(sub)
+
+    return finish
+
+
 def _peer(case: Case) -> str:
     return f"{case.name}: decoding"
+
+
+def _finish(case: Case) -> str:
+    return f"{case.name}: finishing"
 
 
 def _row(case: Case, seconds: dict[str, list[float]]) -> Row:
     images = len(case.files)
     rates = {name: spread([images / value for value in seconds[name]]) for name in (case.name, _peer(case))}
+    finish, peer = seconds[_finish(case)], seconds[_peer(case)]
+    alone = [theirs / (ours + after) for theirs, ours, after in zip(peer, seconds[case.name], finish, strict=True)]
     return {
         "case": case.name,
         "images": images,
@@ -215,6 +236,8 @@ def _row(case: Case, seconds: dict[str, list[float]]) -> Row:
         "peer": "bare decoding",
         **spread_fields("peer_images_per_s", rates[_peer(case)]),
         **spread_fields("ratio", ratio(seconds, _peer(case), case.name)),
+        "finish_ms": 1000 * spread(finish).median / images,
+        "ratio_finished": spread(alone).median,
     }
 
 
@@ -233,6 +256,8 @@ def print_loader(rows: Sequence[Row]) -> None:
         "ratio": "share of bare decoding",
     }
     print_rows("The training pipeline in one process, beside bare decoding of the same files", rows, columns)
+    device = {"case": "case", "finish_ms": "ms per image", "ratio_finished": "share of bare decoding with it"}
+    print_rows("What is left to the device (normalise, erase, mix), done by one core of this processor", rows, device)
     for row in rows:
         files = f"{row['images']} images, mean {row['pixels']} px and {row['kilobytes']:.3g} kB"
         print(f"{row['case']} ({files}): {row['beyond']}")
