@@ -10,6 +10,7 @@ from skimage.data import lfw_subset
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data import quickstart
 from modsquad_ds.data.convert import convert
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.loader import check_data, eval_batches, train_loader
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.model.counts import count_parameters
@@ -94,7 +95,7 @@ def test_the_recipe_learns_faces_alone_and_feeds_its_network(shards: Path) -> No
     check_data(plan)
     (batch,) = train_loader(plan, 0, 1, 0)
     assert batch["faces"].images_BCHW.shape == (32, 3, 32, 32)
-    logits = build_network(recipe)({"faces": batch["faces"].images_BCHW}).outputs["faces"]["logits"]
+    logits = build_network(recipe)({"faces": finished_images(batch["faces"])}).outputs["faces"]["logits"]
     assert logits.shape == (32, 2)
     seen = [label for sub in eval_batches(plan, "faces", "val", 16) for label in sub.targets["labels"].tolist()]
     assert seen.count(0) == seen.count(1) == 25

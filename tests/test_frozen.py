@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modsquad_ds.config import Recipe
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.types import Batch
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import build_network
@@ -221,7 +222,7 @@ def by_masks(recipe: Recipe) -> dict[str, Tensor]:
     for step in range(STEPS):
         set_learning_rate(optimizer, spec.lr * learning_rate_factor(recipe.train.schedule, step, recipe.train.steps))
         sub = batch_of(step, 0, 1)["digits"]
-        output = network({"digits": sub.images_BCHW})
+        output = network({"digits": finished_images(sub)})
         terms = network.head("digits").losses(output.outputs["digits"], sub.targets)
         loss = sum(term.weight * term.sum / term.count for term in terms.values())
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ import layouts
 from modsquad_ds import cli, evaluate, usage
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.convert import convert
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.loader import eval_batches
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
@@ -156,7 +157,7 @@ def by_loop(network: MultiTaskNetwork, recipe: Recipe, tasks: tuple[str, ...]) -
         layer.router.register_forward_hook(lambda router, inputs, _, kept=sums[-1]: count_tokens(router, *inputs, kept))
     for task in tasks:
         for sub in eval_batches(loader_plan(recipe, Ranks()), task, "val", 1):
-            network.eval()({task: sub.images_BCHW})
+            network.eval()({task: finished_images(sub)})
     of_layer = [(torch.stack(kept["prob"]), torch.stack(kept["count"])) for kept in sums]
     return [(p / p.sum(1, keepdim=True).clamp(min=1e-9), c / c.sum(1, keepdim=True).clamp(min=1)) for p, c in of_layer]
 
