@@ -46,7 +46,7 @@ def print_results(results: Mapping[str, Any], recipe: Recipe, information: Mappi
 
     Args:
         results: what `evaluate` returned: task -> metric -> value, and the same under `untrained`.
-        information: what `information_of` returned; without sparse layers there is no second table.
+        information: what `information_of` returned; without sparse layers, or with one task, there is no second table.
     """
     console = _console()
     metrics = Table(title="held-out data", title_justify="left")
@@ -61,15 +61,15 @@ def print_results(results: Mapping[str, Any], recipe: Recipe, information: Mappi
         metrics.add_row("" if task == last else task, metric, _number(trained), _number(untrained))
         last = task
     console.print(metrics)
-    if not information:
-        return
     limit = math.log(len(recipe.active))
+    if not information or not limit:
+        return
     routing = Table(title="mutual information of task and expert, nats", title_justify="left")
     routing.add_column("sparse layer", overflow="fold")
     for name in ("I(task; expert)", "limit: log T", "share"):
         routing.add_column(name, justify="right")
     for layer, value in information.items():
-        routing.add_row(layer, f"{value:.3f}", f"{limit:.3f}", f"{value / limit:.1%}" if limit else "-")
+        routing.add_row(layer, f"{value:.3f}", f"{limit:.3f}", f"{value / limit:.1%}")
     console.print(routing)
 
 
@@ -110,7 +110,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     tasks = {task: spec for model in models.values() for task, spec in model.recipe.active.items()}
     headings = [f"{task} {KINDS[spec.kind].metrics[0]}" for task, spec in tasks.items()]
     table = Table(box=box.MARKDOWN)
-    table.add_column("run", overflow="fold")
+    table.add_column("run", no_wrap=True)
     adapted = any((run / ADAPTED).is_file() for run in runs)
     for name in (*headings, "least I / log T", *(["trained"] if adapted else []), "parameters"):
         table.add_column(name, justify="right")

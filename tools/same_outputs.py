@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.loader import VAL, check_split, eval_batches
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import BATCH_IMAGES, model_path
@@ -75,8 +76,8 @@ def compare(first: Path, second: Path, data: Path | None) -> bool:
     for task in shared:
         images, found = 0, None
         for sub in eval_batches(plan, task, VAL, BATCH_IMAGES):
-            batch = {task: sub.images_BCHW}
-            images += len(sub.images_BCHW)
+            batch = {task: finished_images(sub)}
+            images += len(batch[task])
             found = difference(a(batch).outputs[task], b(batch).outputs[task])
             if found is not None:
                 break
