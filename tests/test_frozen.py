@@ -77,10 +77,12 @@ def test_routers_first_then_experts() -> None:
 
 
 def test_a_router_for_all_tasks_learns_as_a_whole() -> None:
-    recipe = adapting("routers", **{"model.router.per_task": False})
+    recipe = small_recipe(**{"model.router.per_task": False, "adapt.train": "routers"})
     found = trainable_entries(build_network(recipe), recipe)
     assert found is not None and found["backbone.blocks.0.mlp.router.weight"] is None
-    assert found["backbone.blocks.0.task_embed"] == (0,)
+    assert found["backbone.blocks.0.task_embed"] is None and not any(name.startswith("heads") for name in found)
+    with pytest.raises(UserError, match=r"adapt.tasks: with one router for all tasks .* others would change too"):
+        adapting("routers", **{"model.router.per_task": False})
 
 
 def test_experts_are_chosen_by_usage() -> None:
@@ -118,7 +120,8 @@ def test_added_experts_are_those_that_no_other_task_sees() -> None:
     assert choose_experts(network, recipe, ()) == ((3,), (), (2, 3), ())
     assert choose_experts(network, adapting("experts", **{"adapt.choose": "added", "adapt.experts": 1}), ())[2] == (2,)
     # Experts that the adapted task cannot choose are never chosen.
-    assert choose_experts(network, adapting("experts", **{"adapt.choose": "worst", "adapt.experts": 4}), ())[1] == (0, 1, 2)
+    even = [Usage(torch.full((3, 4), 0.25), torch.full((3, 4), 0.25))] * 4
+    assert choose_experts(network, adapting("experts", **{"adapt.choose": "worst", "adapt.experts": 4}), even)[1] == (0, 1, 2)
 
 
 # ---------------------------------------------------------------- freezing, one process
