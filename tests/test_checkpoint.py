@@ -116,7 +116,7 @@ def reordered(recipe: Recipe) -> Recipe:
 DAMAGE = {
     "truncated": "rank-00000.safetensors: cannot be read",
     "json": "state.json: cannot be read",
-    "format": "format 99, this version reads 1",
+    "format": "format 99, this version reads 2",
     "pieces": "elements; use an older checkpoint",
 }
 
