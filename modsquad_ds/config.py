@@ -166,7 +166,8 @@ class Recipe(Strict):
             raise ValueError(f"adapt.prune.at_step {pruned_at} is after the last of train.steps {self.train.steps}")
         if self.adapt.router_steps >= self.train.steps:
             raise ValueError(f"adapt.router_steps {self.adapt.router_steps} leaves none of train.steps {self.train.steps}")
-        if not self.model.router.per_task and len(self.adapted) < len(self.active) and self.adapt != AdaptSpec():
+        router_stays = self.model.router.per_task or (self.adapt.train == "heads" and self.adapt.prune is None)
+        if not router_stays and len(self.adapted) < len(self.active):
             raise ValueError("adapt.tasks: with one router for all tasks (model.router.per_task) others would change too")
         if (self.adapt.train != "all" or self.adapt.router_steps) and self.parallel.placement == "balanced":
             raise ValueError("parallel.placement balanced moves experts, which a network that is partly frozen cannot; use fixed")

@@ -108,10 +108,13 @@ def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Rec
     """The recipe that starts from the larger model and trains the new task's parts: its routers, head and new experts."""
     if any(new):
         adapt = AdaptSpec(tasks=(name,), train="experts", experts=max(new), choose="added")
-    else:
-        adapt = AdaptSpec(tasks=(name,), train="routers+heads")
-    changes = {"name": f"{recipe.name}_{name}", "run": model.with_suffix(""), "init_from": InitSpec(path=model), "adapt": adapt}
-    return recipe.model_copy(update=changes)
+    else:  # one router for all tasks must stay as it is
+        adapt = AdaptSpec(tasks=(name,), train="routers+heads" if recipe.model.router.per_task else "heads")
+    # A new run, part of which is frozen: there is no checkpoint to go on from, and no expert moves.
+    parallel = recipe.parallel.model_copy(update={"placement": "fixed"})
+    changes: dict[str, Any] = {"name": f"{recipe.name}_{name}", "run": model.with_suffix(""), "resume": "auto"}
+    changes |= {"init_from": InitSpec(path=model), "adapt": adapt, "parallel": parallel}
+    return recipe_from_tree(recipe_to_tree(recipe.model_copy(update=changes)), f"that trains {name}")
 
 
 def _tell(model: ModelFile, larger: ModelFile, name: str, out: Path, recipe_file: Path) -> None:

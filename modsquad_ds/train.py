@@ -93,6 +93,7 @@ def train(recipe: Recipe) -> None:
     if ranks.first:
         make_folder(recipe.run, "run")
     trainer = build_trainer(recipe, ranks, *progress_of(recipe))
+    class_names(trainer, plan)  # what is unknown is told now, not when the model is written
     start = resume(trainer)
     steps, prune = recipe.train.steps, recipe.adapt.prune
     if prune is not None:
@@ -103,6 +104,8 @@ def train(recipe: Recipe) -> None:
     with RunLog(recipe.run, recipe.name, recipe.log, start, steps) if ranks.first else nullcontext() as log:
         clock = time.monotonic()
         for step in range(start, steps):
+            if prune is not None and step == prune.at_step:
+                hide_unused(trainer.network, recipe, prune, trainer.usage)
             micro_batches = islice(batches, recipe.train.accumulation)
             report, work = train_step(trainer, micro_batches, step)
             done = step + 1
@@ -116,11 +119,12 @@ def train(recipe: Recipe) -> None:
                     log.record(record)
             if done == recipe.adapt.router_steps:
                 trainer = widened(trainer, done)
-            if prune is not None and done == (prune.at_step or steps):
-                hide_unused(trainer.network, recipe, prune, trainer.usage)
-            if due(done, recipe.train.checkpoint_every, steps):
+            # Before pruning too: where the rule leaves too little, another one can go on from here.
+            if due(done, recipe.train.checkpoint_every, steps) or (prune is not None and done == prune.at_step):
                 save(trainer, done)
                 clock = time.monotonic()
+    if prune is not None and prune.at_step in (None, steps):
+        hide_unused(trainer.network, recipe, prune, trainer.usage)
     save_model(trainer, plan)
     if is_adaptation(recipe):
         close(recipe.run / "model.safetensors", recipe, ranks, trainer.trainable)
@@ -130,6 +134,7 @@ def train(recipe: Recipe) -> None:
 def build_trainer(recipe: Recipe, ranks: Ranks, done: int = 0, chosen: Chosen = ()) -> Trainer:
     """Network, engine and objective as they are after `done` steps, but with the weights of step 0."""
     all_saved = done > 0 and recipe.adapt.train == "all" and done >= recipe.adapt.router_steps
+    all_saved = all_saved and len(recipe.adapted) == len(recipe.active)  # else the file names the others' classes
     start = start_of(recipe, read_file=not all_saved, show=ranks.first and done == 0)
     return trainer_from(start, recipe, ranks, done, chosen)
 
@@ -225,6 +230,12 @@ def check_continuation(folder: Path, recipe: Recipe) -> None:
             f"checkpoint {folder}: trained for the tasks {', '.join(then)} in this order, the recipe has {', '.join(now)}; "
             "restore them, or start a new run folder (run=...)"
         )
+    learned = saved["recipe"]["adapt"]["tasks"] or then
+    if recipe.adapt.train != "all" and set(learned) != set(recipe.adapted):
+        raise UserError(
+            f"checkpoint {folder}: the tasks that learned are {', '.join(learned)}, in the recipe {', '.join(recipe.adapted)}; "
+            "restore adapt.tasks, or start a new run folder (run=...)"
+        )
     if saved["step"] > recipe.train.steps:
         raise UserError(
             f"checkpoint {folder}: {saved['step']} steps are done, train.steps is {recipe.train.steps}; "
@@ -318,15 +329,25 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
     """Write RUN/model.safetensors on rank 0, with averaged weights if the recipe keeps them and frozen bytes as they were."""
     state = gather_network(trainer.network, trainer.average)
     if trainer.ranks.first:
-        known = trainer.start.classes if trainer.start is not None else {}
         if trainer.start is not None and trainer.trainable is not None:
             state = overlaid(trainer.start.whole, state, trainer.trainable)
-        own = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
-        classes = {task: own.get(task) or known[task] for task in trainer.recipe.active}
-        model = ModelFile(trainer.recipe, state, classes, trainer.usage)
+        model = ModelFile(trainer.recipe, state, class_names(trainer, plan), trainer.usage)
         if trainer.recipe.adapt.prune is not None:
             model = without_unseen(model)
         write_model(trainer.recipe.run / "model.safetensors", model)
+
+
+def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:
+    """Class names of all tasks: from the shards of those that learn, from the file that the run started from for the others."""
+    known = trainer.start.classes if trainer.start is not None else {}
+    names = known | {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+    unknown = [task for task in trainer.recipe.active if task not in names]
+    if unknown:
+        raise UserError(
+            f"adapt.tasks: without {', '.join(unknown)}, which neither learns nor is in a model file that the run starts from; "
+            "add it to adapt.tasks, start from a model file that has it (init_from), or leave it out (only)"
+        )
+    return {task: names[task] for task in trainer.recipe.active}
 
 
 def due(done: int, every: int, last: int) -> bool:

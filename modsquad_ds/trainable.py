@@ -39,15 +39,17 @@ def trainable_entries(network: MultiTaskNetwork, recipe: Recipe, done: int = 0, 
     if mode != "routers":
         found |= {f"heads.{name}.{n}": None for name in recipe.adapted for n, _ in network.head(name).named_parameters()}
     if mode != "heads":
-        found |= {name: tuple(tasks) for name in _per_task(network)}
+        found |= {name: _all_as_none(network.get_parameter(name), tuple(tasks)) for name in _per_task(network)}
         found |= dict.fromkeys(_shared_routers(network))
     if network.task_scale is not None:
-        found["task_scale"] = tuple(tasks)
+        found["task_scale"] = _all_as_none(network.task_scale, tuple(tasks))
     if mode == "experts":
         layers = network.backbone.sparse_layers().items()
         for (path, layer), experts in zip(layers, chosen, strict=True):
             found |= {f"backbone.{path}.experts.{n}": experts for n, _ in layer.experts.named_parameters() if experts}
-    return {name: _all_as_none(network.get_parameter(name), entries) for name, entries in found.items()}
+    if not found:
+        raise UserError(f"adapt.train {mode}: the network has no routers and no task embeddings; set adapt.train to heads or all")
+    return found
 
 
 def choose_experts(network: MultiTaskNetwork, recipe: Recipe, usage: Sequence[Usage]) -> Chosen:
@@ -122,5 +124,6 @@ def _shared_routers(network: MultiTaskNetwork) -> Iterator[str]:
             yield from (f"backbone.{path}.router.{name}" for name, _ in layer.router.named_parameters())
 
 
-def _all_as_none(parameter: nn.Parameter, entries: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return None if entries is not None and len(entries) == parameter.shape[0] else entries
+def _all_as_none(parameter: nn.Parameter, entries: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Not for experts: as a whole a bank may be spread, and its gradients are then not those of all ranks."""
+    return None if len(entries) == parameter.shape[0] else entries

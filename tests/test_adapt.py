@@ -13,6 +13,7 @@ import torch
 from modsquad_ds.config import load_recipe, recipe_to_tree
 from modsquad_ds.expand import expand
 from modsquad_ds.model_file import ModelFile, network_of, read_model, write_model
+from modsquad_ds.objective import Usage
 from modsquad_ds.structure import PerKind
 from modsquad_ds.train import train
 from modular import make_shards, model_for
@@ -110,6 +111,41 @@ def test_a_rule_that_keeps_too_little_is_met_before_training(model: Path, tmp_pa
     code, _, errors = trained(recipe_file(tmp_path, model, prune={"keep": 1}))
     assert code == 2 and "keep 1: blocks.0.attn needs 2 experts, as many as its top-k" in errors
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_rule_that_keeps_too_little_after_training_costs_no_work(model: Path, tmp_path: Path) -> None:
+    """How far the tasks' top-k overlap is known at the end; another rule then goes on from the last checkpoint."""
+    recipe = recipe_file(tmp_path, model, tasks=[], train="all", prune={"keep_params": 0.5})
+    file = read_model(model)
+    apart = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]) / 2
+    usage = tuple(Usage(apart.clone(), apart.clone()) for _ in file.usage)
+    write_model(tmp_path / "apart.safetensors", file._replace(usage=usage))
+    changes = [f"init_from.path={tmp_path / 'apart.safetensors'}", "loss.memory=0.999", "train.steps=1"]
+    code, _, errors = trained(recipe, *changes)
+    assert code == 2 and "keep_params 50.0%: each task's top-k experts of every layer are 100.0%" in errors, errors
+    code, told, errors = trained(recipe, *changes, "adapt.prune.keep_params=1.0")
+    assert code == 0 and "step-00000001, step 1" in told, errors
+    assert (tmp_path / "run" / "adapt.json").exists()
+
+
+def test_class_names_of_tasks_that_do_not_learn(model: Path, tmp_path: Path) -> None:
+    """Known after a resumption too; where nothing knows them that is met before training."""
+    recipe = recipe_file(tmp_path, model, train="all")
+    for steps in (1, 2):
+        code, _, errors = trained(recipe, f"train.steps={steps}")
+        assert code == 0, errors
+    assert left_by(tmp_path)[0].classes == read_model(model).classes
+    code, _, errors = trained(recipe, "init_from=null", f"run={tmp_path / 'fresh'}")
+    assert code == 2 and "adapt.tasks: without scenes, textures, which neither learns" in errors, errors
+    assert not (tmp_path / "fresh" / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_of_other_tasks_is_refused(model: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, model, train="routers")
+    code, _, errors = trained(recipe, "train.steps=1")
+    assert code == 0, errors
+    code, _, errors = trained(recipe, "adapt.tasks=[scenes]")
+    assert code == 2 and "the tasks that learned are digits, in the recipe scenes" in errors, errors
 
 
 @pytest.mark.dist

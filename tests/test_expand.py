@@ -71,6 +71,14 @@ def test_recipe_beside_it_trains_the_addition(model: Path, data: Path, tmp_path:
     assert load_recipe(str(tmp_path / "grown.yaml")).adapt.train == "routers+heads", "nothing else is new"
 
 
+def test_recipe_beside_it_can_be_read_whatever_made_the_model(data: Path, tmp_path: Path) -> None:
+    made = model_for(data, **{"resume": "must", "parallel.placement": "balanced", "model.router.per_task": False})
+    write(tmp_path / "made.safetensors", made)
+    expand(tmp_path / "made.safetensors", ENTRY, PerKind(0, 0), tmp_path / "grown.safetensors", data)
+    recipe = load_recipe(str(tmp_path / "grown.yaml"))
+    assert (recipe.resume, recipe.parallel.placement, recipe.adapt.train) == ("auto", "fixed", "heads")
+
+
 def test_one_addition_after_the_other(model: Path, data: Path, tmp_path: Path) -> None:
     once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
     expand(model, ENTRY, PerKind(1, 1), once, data)

@@ -58,7 +58,7 @@ def test_what_learns_by_hand() -> None:
         "heads": head | scale,
         "routers": routers | scale,
         "routers+heads": head | routers | scale,
-        "experts": head | routers | scale | attention | dict.fromkeys(mlp),
+        "experts": head | routers | scale | attention | dict.fromkeys(mlp, (0, 1, 2, 3)),
     }
     for mode, names in expected.items():
         chosen = ((2,), (0, 1, 2, 3)) if mode == "experts" else ()
@@ -291,6 +291,27 @@ def test_two_ranks_freeze_and_learn_the_same_at_any_topology(alone: dict[str, Li
         assert expected.learning <= first.reduced < expected.learning * 1.1 + 2000, "no gradient of what is frozen is sent"
         if not zero0:
             assert first.values_of_optimizer + second.values_of_optimizer < 2 * (expected.learning + 2000)
+
+
+def lives_of_all_experts(rank: int, world: int, recipe: Recipe) -> Life:
+    return life(build_trainer(recipe, launch.start(), 0, (tuple(range(4)),) * 4))
+
+
+@pytest.mark.dist
+def test_spread_layers_of_which_all_experts_learn(tmp_path: Path) -> None:
+    """Each rank's experts are its own: their gradients must not meet those of the other ranks' experts."""
+    recipe = adapting("experts", deepspeed_config=config_file(tmp_path, 2))
+    expected = run_ranks(1, lives_of_all_experts, recipe)[0]
+    spread = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"ep_size": 2, "attention_ep_size": 2})})
+    found = run_ranks(2, lives_of_all_experts, spread, timeout=240)[0]
+    for name, tensor in expected.weights.items():
+        assert (found.weights[name].float() - tensor.float()).square().mean().sqrt().item() <= 1e-5, name
+
+
+def test_nothing_that_could_learn_is_told() -> None:
+    recipe = adapting("routers", **{"model.layout": "dense", "model.task_embedding": False})
+    with pytest.raises(UserError, match=r"adapt.train routers: the network has no routers and no task embeddings"):
+        trainable_entries(build_network(recipe), recipe)
 
 
 @pytest.mark.dist
