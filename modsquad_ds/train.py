@@ -340,7 +340,15 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
 def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:
     """Class names of all tasks: from the shards of those that learn, from the file that the run started from for the others."""
     known = trainer.start.classes if trainer.start is not None else {}
-    names = known | {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+    own = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+    for task in own.keys() & known.keys():
+        if own[task] != known[task]:
+            i = next(i for i, pair in enumerate(zip(own[task], known[task], strict=False)) if pair[0] != pair[1])
+            raise UserError(
+                f"init_from: class {i} of task {task} is {known[task][i]!r} there and {own[task][i]!r} in "
+                f"{plan.folder(task, 'train')}; make the shards from the same classes, or give the task another name"
+            )
+    names = known | own
     unknown = [task for task in trainer.recipe.active if task not in names]
     if unknown:
         raise UserError(

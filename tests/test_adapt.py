@@ -176,3 +176,13 @@ def test_a_part_cannot_learn_without_zero_and_placement(model: Path, tmp_path: P
     (tmp_path / "zero0.json").write_text(ZERO0)
     code, _, errors = trained(recipe, "deepspeed_config=zero0.json")
     assert code == 0, errors
+
+
+def test_classes_of_one_number_under_other_names_are_refused_before_training(model: Path, data: Path, tmp_path: Path) -> None:
+    file = read_model(model)
+    names = file.classes["digits"]
+    write_model(tmp_path / "other.safetensors", file._replace(classes=file.classes | {"digits": [names[0], "zebra"]}))
+    recipe = recipe_file(tmp_path, model)
+    code, _, errors = trained(recipe, f"init_from={tmp_path / 'other.safetensors'}")
+    assert code == 2 and f"class 1 of task digits is 'zebra' there and {names[1]!r} in {data / 'd' / 'train'}" in errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
