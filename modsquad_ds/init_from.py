@@ -18,10 +18,10 @@ from torch import Tensor
 from modsquad_ds.config import Recipe
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import MultiTaskNetwork
-from modsquad_ds.model.vit import Block
 from modsquad_ds.model_file import ModelFile, read_model
 from modsquad_ds.model_spec import block_plans
 from modsquad_ds.objective import Usage
+from modsquad_ds.structure import Structure, head_of, structure_of_network
 from modsquad_ds.upcycle import is_vit, resized_grid, upcycle
 from modsquad_ds.weights_file import is_model_file, read_weights
 
@@ -49,15 +49,6 @@ class Started(NamedTuple):
     notes: tuple[str, ...]
     classes: dict[str, list[str]]
     """Class names of the tasks that the file and the run have in common."""
-
-
-class _Axes(NamedTuple):
-    """What the axes of a network's tensors count."""
-
-    tasks: frozenset[str]
-    """Tensors whose axis 0 counts tasks."""
-    experts: dict[str, int]
-    """Tensors with an axis of experts -> that axis."""
 
 
 class _Gap(NamedTuple):
@@ -110,18 +101,18 @@ def from_model(model: ModelFile, recipe: Recipe, network: MultiTaskNetwork, wher
     _check_tasks(model.recipe, recipe, where)
     shared = [task for task in network.task_names if task in source.task_names]
     own = network.state_dict()
-    given = {n: model.state[n] for n in own if n in model.state and _head_of(n) in (None, *shared)}
+    given = {n: model.state[n] for n in own if n in model.state and head_of(n) in (None, *shared)}
     at_random = tuple(name for name in own if name not in given)
     left = tuple(name for name in model.state if name not in given)
     rows = {network.task_names.index(task): source.task_names.index(task) for task in shared}
-    placed = _place(own, given, (_axes_of(source), _axes_of(network)), rows)
+    placed = _place(own, given, (structure_of_network(source), structure_of_network(network)), rows)
     wrong = [name for name, (value, _) in placed.items() if value is None]
     if wrong:
         shapes = f"{wrong[0]} is {_shape(given[wrong[0]])} there and {_shape(own[wrong[0]])} here"
         raise UserError(f"init_from {where}: {shapes}; {_unlike(model.recipe, recipe)}")
     gaps = _task_gaps(source, network) + _expert_gaps(source, network)
     for text, names in (("the file lacks", at_random), ("this run has no place for the file's", left)):
-        other = [name for name in names if _head_of(name) in (None, *shared)]
+        other = [name for name in names if head_of(name) in (None, *shared)]
         gaps += [_Gap("tensors", f"{text} {grouped(other)}")] if other else []
     _ask_leave(gaps, recipe, where)
     state = own | {name: value for name, (value, _) in placed.items() if value is not None}
@@ -147,7 +138,7 @@ def report(started: Started) -> str:
 
 def grouped(names: Iterable[str]) -> str:
     """Names in one line: those that differ in numbers or lie in one head are one group, with its size."""
-    counts = Counter(f"heads.{head}" if (head := _head_of(name)) else _unnumbered(name) for name in names)
+    counts = Counter(f"heads.{head}" if (head := head_of(name)) else _unnumbered(name) for name in names)
     return _first([name if n == 1 else f"{name} ({n})" for name, n in counts.items()])
 
 
@@ -236,31 +227,17 @@ def _unlike(there: Recipe, here: Recipe) -> str:
 # ---------------------------------------------------------------- tensor by tensor
 
 
-def _axes_of(network: MultiTaskNetwork) -> _Axes:
-    tasks: set[str] = set()
-    experts: dict[str, int] = {}
-    for path, layer in network.backbone.sparse_layers().items():
-        experts |= {f"backbone.{path}.{name}": axis for name, axis in layer.expert_axes().items()}
-        if layer.router.spec.per_task:
-            tasks |= {f"backbone.{path}.router.{name}" for name in layer.router.state_dict()}
-    for i, block in enumerate(network.backbone.blocks):
-        if isinstance(block, Block) and block.task_embed is not None:
-            tasks.add(f"backbone.blocks.{i}.task_embed")
-    if network.task_scale is not None:
-        tasks.add("task_scale")
-    return _Axes(frozenset(tasks), experts)
-
-
 def _place(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], axes: tuple[_Axes, _Axes], rows: Mapping[int, int]
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], structures: tuple[Structure, Structure], rows: Mapping[int, int]
 ) -> dict[str, tuple[Tensor | None, str]]:
     """Per tensor that the file gives: the start made of it, or None where shapes do not fit; and what was done, if anything.
 
     Args:
-        axes: the file's and the network's.
+        structures: the file's and the network's.
         rows: the network's number of each shared task -> the file's.
     """
-    there, here = axes
+    there, here = structures
+    axes_there, axes_here = there.expert_axes, here.expert_axes
     placed: dict[str, tuple[Tensor | None, str]] = {}
     for name, tensor in given.items():
         value, how = own[name], []
@@ -268,9 +245,9 @@ def _place(
             side, grid = (round(t.shape[1] ** 0.5) for t in (tensor, value))
             tensor = resized_grid(tensor, grid)
             how.append(f"resized from {side}x{side} to {grid}x{grid}")
-        by_task = rows if name in here.tasks else None
-        axis = here.experts.get(name)
-        same = (name in there.tasks) == (name in here.tasks) and there.experts.get(name) == axis
+        by_task = rows if name in here.by_task else None
+        axis = axes_here.get(name)
+        same = (name in there.by_task) == (name in here.by_task) and axes_there.get(name) == axis
         if by_task is not None and (by_task != dict(zip(range(len(value)), range(len(tensor)), strict=False))):
             how.append(f"rows of the {len(by_task)} shared tasks")
         if axis is not None and same and tensor.shape[axis] != value.shape[axis]:
@@ -321,12 +298,6 @@ def _usage_rows(zeros_TE: Tensor, old_TE: Tensor, rows: Mapping[int, int]) -> Te
 
 
 # ---------------------------------------------------------------- words
-
-
-def _head_of(name: str) -> str | None:
-    """The task whose head a tensor belongs to."""
-    parts = name.split(".")
-    return parts[1] if parts[0] == "heads" else None
 
 
 def _unnumbered(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where tasks, layers and experts lie in a recipe's state dict. What selection.py and surgery.py cut and join along.
+"""Where tasks, layers and experts lie in a state dict. What init_from.py, selection.py and surgery.py cut and join along.
 
 Layers are the sparse ones, in the order of the statistics.
 """
@@ -41,18 +41,27 @@ class Structure(NamedTuple):
     by_task: frozenset[str]
     """Tensors whose axis 0 counts tasks."""
 
+    @property
+    def expert_axes(self) -> dict[str, int]:
+        """Name in the state dict -> axis of experts, of all layers."""
+        return {name: axis for layer in self.layers for name, axis in layer.expert_axes.items()}
+
 
 def structure_of(recipe: Recipe) -> Structure:
     """Of the recipe's network, which is built without memory."""
     with torch.device("meta"):
-        network = MultiTaskNetwork(recipe)
+        return structure_of_network(MultiTaskNetwork(recipe))
+
+
+def structure_of_network(network: MultiTaskNetwork) -> Structure:
+    """Of a network that holds all its experts."""
     layers, by_task = [], set()
     for path, layer in network.backbone.sparse_layers().items():
         kind: KindOfLayer = "mlp" if isinstance(layer, SparseMLP) else "attention"
         axes = {f"backbone.{path}.{name}": axis for name, axis in layer.expert_axes().items()}
         size = sum(p[0].numel() for p in layer.experts.parameters())
         layers.append(SparsePlace(path, kind, axes, size))
-        if recipe.model.router.per_task:
+        if layer.router.spec.per_task:
             by_task |= {f"backbone.{path}.router.{name}" for name in layer.router.state_dict()}
     for number, block in enumerate(network.backbone.blocks):
         if isinstance(block, Block) and block.task_embed is not None:
