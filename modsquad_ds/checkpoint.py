@@ -1,9 +1,9 @@
-"""Training checkpoints that resume at any number of ranks, group size and ZeRO stage. Written and read by train.py.
+"""Training checkpoints that resume at any number of ranks, group size and ZeRO stage. Written by saving.py, read by resume.py.
 
     RUN/checkpoints/step-00000300/
-        rank-00000.safetensors ...   each rank's own pieces of weights and optimizer state
+        rank-00000.safetensors ...   each rank's own pieces of weights and optimizer state; which they are is in its metadata
         shared.safetensors           experts' usage by tasks, and the network's buffers (rank 0's)
-        state.json                   step, recipe, shapes, pieces of every file; written last
+        state.json                   step, recipe, shapes, every file's size and checksum; written last
 
 A piece is a run of consecutive elements of a flattened full tensor (all experts stacked), as ZeRO cut it; every element is in
 exactly one piece of the whole checkpoint. Saving therefore moves nothing between ranks, and loading is cutting the same
@@ -11,6 +11,7 @@ tensors anew. The folder gets its final name once everything is on disk: a check
 Weights and state are fp32, so at the same topology training goes on bit for bit. No pickle is read or written.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -26,15 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import sync, write_json
+from modsquad_ds.files import sha256_of, sync, write_json
 from modsquad_ds.objective import Usage
-from modsquad_ds.parallel.collectives import barrier, gather_json
+from modsquad_ds.parallel.collectives import broadcast_json, gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
 from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_experts, permute_usage
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"step-(\d{8})")
+SHARED, STATE = "shared.safetensors", "state.json"
 
 
 class Progress(NamedTuple):
@@ -47,8 +49,19 @@ class Progress(NamedTuple):
     """Per sparse layer, the experts that learn where only some do (`trainable.py`)."""
 
 
+class Written(NamedTuple):
+    """A file of a checkpoint as it was meant to be."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
 Place = Callable[[tuple[Usage, ...]], Sequence[Order]]
 """A checkpoint's usage -> a new order of every sparse layer's experts, the same on every rank."""
+
+
+# ---------------------------------------------------------------- folders
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -56,49 +69,128 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint is until all of it is on disk."""
+    return folder.with_name(f".partial-{folder.name}")
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     root = run / "checkpoints"
     found = root.iterdir() if root.is_dir() else []
-    return sorted(p for p in found if NAME.fullmatch(p.name) and (p / "state.json").is_file())
+    return sorted(p for p in found if NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
-def save(run: Path, state: TrainingState, progress: Progress, recipe: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`. Every rank calls it."""
-    final = folder_of(run, progress.step)
-    partial = final.with_name(f".partial-{final.name}")
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    name = f"rank-{ranks.rank:05d}.safetensors"
-    pieces = state.pieces()
-    tensors = {f"{i}": piece.tensor.detach().cpu().contiguous() for i, piece in enumerate(pieces)}
-    _save_tensors(partial / name, tensors)
-    index = [{"name": p.name, "kind": p.kind, "start": p.start, "numel": p.tensor.numel()} for p in pieces]
-    files = gather_json({"file": name, "pieces": index})
-    if ranks.first:
-        _save_tensors(partial / "shared.safetensors", _shared_tensors(progress.usage, state.buffers()))
-        content = {
-            "format": FORMAT,
-            "step": progress.step,
-            "optimizer_step": state.optimizer_step(),
-            "shapes": {n: list(s) for n, s in state.shapes().items()},
-            "files": files,
-            "layers": len(progress.usage),
-            "chosen": progress.chosen,
-            "recipe": recipe,
-        }
-        write_json(partial / "state.json", content)
-        sync(partial)
-        _remove(final)
-        os.replace(partial, final)
-        sync(final.parent)
-        for old in complete_checkpoints(run)[:-keep]:
-            _remove(old)
-    barrier()
-    return final
+def clear_remains(run: Path) -> None:
+    """Remove what a killed job left half written. Called by one rank, before any of this life's checkpoints."""
+    for folder in (run / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
+
+# ---------------------------------------------------------------- writing
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Written:
+    """Write a safetensors file to disk for good."""
+    save_file(tensors, path, metadata)
+    sync(path)
+    return Written(path.name, path.stat().st_size, sha256_of(path))
+
+
+def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep: int) -> None:
+    """Make a checkpoint of a folder whose files are all there: index it, name it, drop all but the newest `keep`."""
+    partial = partial_of(final)
+    content = {"format": FORMAT, **content, "files": [file._asdict() for file in files]}
+    write_json(partial / STATE, {**content, "sha256": _checksum(content)})
+    sync(partial)
+    _remove(final)
+    os.replace(partial, final)
+    sync(final.parent)
+    for old in complete_checkpoints(final.parents[1])[:-keep]:
+        _remove(old)
+
+
+def shared_tensors(usage: tuple[Usage, ...], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the ranks have in common, by its names in the file."""
+    tensors = {f"buffer.{name}": buffer for name, buffer in buffers.items()}
+    for i, layer in enumerate(usage):
+        tensors |= {f"usage.{i}.prob": layer.prob_TE, f"usage.{i}.share": layer.share_TE}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _remove(folder: Path) -> None:
+    """Take away the name first: a checkpoint that is removed halfway must not pass for a complete one."""
+    gone = folder.with_name(f".partial-{folder.name}-removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def newest_sound(run: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None where there is no checkpoint. Every rank calls it.
+
+    The ranks share the reading. A damaged one is told, put aside under another name, and the one before takes its place.
+    Raises UserError if all are damaged: a run does not begin anew by itself where it had got further.
+    """
+    found = broadcast_json([folder.name for folder in complete_checkpoints(run)])
+    told = []
+    for name in reversed(found):
+        folder = run / "checkpoints" / name
+        faults = [fault for of_rank in gather_json(_faults(folder, ranks)) for fault in of_rank]
+        if not faults:
+            return folder
+        aside = folder.with_name(f"damaged-{name}")
+        told.append(faults[0])
+        if ranks.first:
+            _put_aside(folder, aside)
+            print(f"checkpoint damaged: {faults[0]}; put aside as {aside}, trying the one before", flush=True)
+    if told:
+        where, what = run / "checkpoints", "; ".join(told)
+        raise UserError(f"no checkpoint under {where} is whole ({what}); restore one, or start a new run folder (run=...)")
+    return None
+
+
+def _put_aside(folder: Path, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.replace(folder, aside)
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} is damaged and cannot be put aside ({error.strerror}); remove it") from None
+
+
+def _faults(folder: Path, ranks: Ranks) -> list[str]:
+    """What is wrong with this rank's part of a checkpoint's files."""
+    try:
+        content = json.loads((folder / STATE).read_bytes())
+        if content.get("format") != FORMAT:
+            return []  # another version's: read_state says so
+        if content.pop("sha256", None) != _checksum(content):
+            return [f"{folder / STATE} differs from its checksum"]
+        files = [Written(**entry) for entry in content["files"]][ranks.rank :: ranks.world]
+        return [fault for file in files for fault in _fault(folder / file.file, file)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / STATE} cannot be read ({error})"]
+
+
+def _fault(path: Path, expected: Written) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            return [f"{path} has {size} of {expected.bytes} bytes"]
+        return [] if sha256_of(path) == expected.sha256 else [f"{path} differs from its checksum"]
+    except OSError as error:
+        return [f"{path} cannot be read ({error.strerror})"]
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- reading
 
 def load(folder: Path, state: TrainingState, place: Place | None = None) -> Progress:
     """Put a checkpoint into a freshly built training state, whatever topology wrote it. Every rank calls it.
@@ -108,7 +200,7 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
     content = read_state(folder)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     _compare_shapes(folder, shapes, state.shapes())
-    tensors = _open(folder / "shared.safetensors")
+    tensors = _open(folder / SHARED)
     usage = tuple(
         Usage(tensors.get_tensor(f"usage.{i}.prob"), tensors.get_tensor(f"usage.{i}.share")) for i in range(content["layers"])
     )
@@ -125,7 +217,7 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's index. Raises UserError on another format or a damaged file."""
-    path = folder / "state.json"
+    path = folder / STATE
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -143,10 +235,10 @@ class _Reader:
         self.shapes, self.moves = content["shapes"], moves
         self.places: dict[tuple[str, str], list[tuple[Path, str, int, int]]] = defaultdict(list)
         self.open: dict[Path, Any] = {}
-        for entry in content["files"]:
-            for i, piece in enumerate(entry["pieces"]):
-                place = (folder / entry["file"], f"{i}", piece["start"], piece["numel"])
-                self.places[piece["name"], piece["kind"]].append(place)
+        for path in (folder / entry["file"] for entry in content["files"] if entry["file"] != SHARED):
+            self.open[path] = _open(path)
+            for key, name, kind, start, numel in json.loads(self.open[path].metadata()["pieces"]):
+                self.places[name, kind].append((path, key, start, numel))
 
     def full(self, name: str, kind: str) -> Tensor:
         """One full tensor, flattened, fp32. Raises UserError where pieces are missing."""
@@ -155,8 +247,6 @@ class _Reader:
             size *= n
         whole, filled = torch.empty(size), 0
         for path, key, start, numel in self.places[name, kind]:
-            if path not in self.open:
-                self.open[path] = _open(path)
             whole[start : start + numel] = self.open[path].get_tensor(key)
             filled += numel
         if filled != size:
@@ -173,28 +263,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error}); remove its folder to go on from an older one") from None
-
-
-def _remove(folder: Path) -> None:
-    """Take away the name first: a checkpoint that is removed halfway must not pass for a complete one."""
-    gone = folder.with_name(f".partial-{folder.name}-removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, gone)
-        shutil.rmtree(gone)
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _shared_tensors(usage: tuple[Usage, ...], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"buffer.{name}": buffer for name, buffer in buffers.items()}
-    for i, layer in enumerate(usage):
-        tensors |= {f"usage.{i}.prob": layer.prob_TE, f"usage.{i}.share": layer.share_TE}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _compare_shapes(folder: Path, saved: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:

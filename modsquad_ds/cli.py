@@ -11,7 +11,7 @@ import typer
 
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
-from modsquad_ds.errors import UserError
+from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
 from modsquad_ds.parallel.ranks import Ranks, ranks_from
 
 app = typer.Typer(
@@ -159,13 +159,18 @@ def free_port() -> None:
 
 
 def main() -> None:
-    """Run the command line; the exit code is 2 for a user's mistake.
+    """Run the command line; the exit code is 2 for a user's mistake, 75 for training that a signal ended early.
 
     A rank that fails leaves at once, without waiting for others: the launcher then ends the job. Other ranks than the first
     wait a moment before they speak, so that a mistake that all of them meet is told once.
     """
     try:
         app()
+    except Stopped as stopped:
+        ranks = _ranks()
+        if ranks.first:
+            print(stopped, flush=True)
+        _end(STOPPED_CODE, ranks)
     except UserError as error:
         _leave(2, f"error: {error}", _ranks())
     except Exception:
@@ -187,6 +192,10 @@ def _leave(code: int, message: str, ranks: Ranks) -> None:
         time.sleep(2.0)
         message = f"rank {ranks.rank}: {message}"
     print(message, file=sys.stderr, flush=True)
+    _end(code, ranks)
+
+
+def _end(code: int, ranks: Ranks) -> None:
     if ranks.world == 1:
         sys.exit(code)
     sys.stdout.flush()

@@ -86,6 +86,8 @@ class TrainSpec(Strict):
     """Decay of an exponential moving average of the weights, which the model file then holds; 0 turns it off."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between training checkpoints; 0 writes one at the end only."""
+    checkpoint_minutes: float = Field(0.0, ge=0)
+    """A checkpoint too when this long has passed since the last one: the most work that a crash can cost; 0 turns it off."""
     keep_checkpoints: int = Field(2, gt=0)
     log_every: int = Field(10, gt=0)
     workers: int = Field(4, ge=0)

@@ -1,5 +1,6 @@
 """Files written so that a reader sees the old content or the new, never half of it. Used wherever a result is saved."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -59,3 +60,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

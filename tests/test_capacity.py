@@ -27,7 +27,7 @@ from modsquad_ds.objective import Objective, drop_rate, flatten, no_usage, unfla
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 from modsquad_ds.parallel.experts import with_capacity
-from modsquad_ds.train import build_trainer, record_of, train_step
+from modsquad_ds.trainer import build_trainer, record_of, train_step
 from ranks import run_ranks
 from small import small_batch, small_images, small_recipe
 from test_objective import sums_of

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lives import resume, save
 from modsquad_ds import checkpoint
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.state import step_count
-from modsquad_ds.train import build_trainer, resume, save
+from modsquad_ds.trainer import build_trainer
 from ranks import run_ranks
 from small import small_recipe
 from test_topology import config_file, one_step
@@ -101,8 +102,8 @@ def one_process(rank: int, world: int, folder: str) -> list[str]:
         resume(build_trainer(recipe_of(str(run), 1, config, **{"train.steps": 2}), ranks))
     for damage, message in DAMAGE.items():
         copy = root / damage
-        shutil.copytree(run, copy)
-        damaged(copy, damage)
+        shutil.copytree(checkpoint.folder_of(run, 3), checkpoint.folder_of(copy, 3))
+        damaged(checkpoint.folder_of(copy, 3), damage)
         with pytest.raises(UserError, match=message):
             resume(build_trainer(recipe.model_copy(update={"run": copy}), ranks))
     return kept
@@ -114,28 +115,33 @@ def reordered(recipe: Recipe) -> Recipe:
 
 
 DAMAGE = {
-    "truncated": "rank-00000.safetensors: cannot be read",
-    "json": "state.json: cannot be read",
-    "format": "format 99, this version reads 2",
-    "pieces": "elements; use an older checkpoint",
+    "truncated": r"no checkpoint under .* is whole \(.*rank-00000.safetensors has \d+ of \d+ bytes",
+    "flipped": r"no checkpoint under .* is whole \(.*rank-00000.safetensors differs from its checksum",
+    "gone": r"no checkpoint under .* is whole \(.*shared.safetensors cannot be read \(No such file",
+    "json": r"no checkpoint under .* is whole \(.*state.json cannot be read",
+    "edited": r"no checkpoint under .* is whole \(.*state.json differs from its checksum",
+    "format": "format 99, this version reads 3",
 }
 
 
-def damaged(run: Path, how: str) -> None:
-    folder = checkpoint.folder_of(run, 3)
-    state = folder / "state.json"
-    if how == "truncated":
-        data = (folder / "rank-00000.safetensors").read_bytes()
-        (folder / "rank-00000.safetensors").write_bytes(data[: len(data) // 2])
-    elif how == "json":
-        state.write_text("{")
-    else:
-        content = json.loads(state.read_text())
-        if how == "format":
-            content["format"] = 99
-        else:
-            content["files"][0]["pieces"] = content["files"][0]["pieces"][:-1]
-        state.write_text(json.dumps(content))
+def damaged(folder: Path, how: str) -> None:
+    """Spoil a checkpoint."""
+    state, part = folder / "state.json", folder / "rank-00000.safetensors"
+    content, data = json.loads(state.read_text()), bytearray(part.read_bytes())
+    match how:
+        case "truncated":
+            part.write_bytes(data[: len(data) // 2])
+        case "flipped":
+            data[-5] ^= 1
+            part.write_bytes(data)
+        case "gone":
+            (folder / "shared.safetensors").unlink()
+        case "json":
+            state.write_text("{")
+        case "edited":
+            state.write_text(json.dumps(content | {"step": 2}))
+        case "format":
+            state.write_text(json.dumps(content | {"format": 99}))
 
 
 def test_keeping_refusing_and_damage(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from modsquad_ds.model.sparse import SparseMLP
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.engine import complete_config, read_deepspeed_config
 from modsquad_ds.parallel.experts import check_parallel
-from modsquad_ds.train import build_trainer
+from modsquad_ds.trainer import build_trainer
 from ranks import run_ranks
 from small import small_recipe
 

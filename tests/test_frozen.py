@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lives import resume, save
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.finish import finished_images
 from modsquad_ds.data.types import Batch
@@ -19,8 +20,9 @@ from modsquad_ds.parallel.frozen import freeze, overlaid
 from modsquad_ds.parallel.optimizer import learning_rate_factor, parameter_groups, set_learning_rate
 from modsquad_ds.parallel.state import gather_network
 from modsquad_ds.parallel.traffic import counted
-from modsquad_ds.train import Trainer, build_trainer, forward_backward, progress_of, resume, save, train_step, widened
+from modsquad_ds.resume import find, progress_of
 from modsquad_ds.trainable import Chosen, choose_experts, count_trainable, trainable_entries
+from modsquad_ds.trainer import Trainer, build_trainer, forward_backward, train_step, widened
 from ranks import run_ranks
 from small import small_batch, small_recipe
 from test_topology import config_file
@@ -331,7 +333,8 @@ def test_bf16_keeps_frozen_bytes(tmp_path: Path) -> None:
 
 def widening(rank: int, world: int, recipe: Recipe, save_at: int) -> tuple[list[list[float]], Chosen, dict[str, Tensor]]:
     """All steps from the newest checkpoint on, as train() takes them."""
-    trainer = build_trainer(recipe, launch.start(), *progress_of(recipe))
+    ranks = launch.start()
+    trainer = build_trainer(recipe, ranks, *progress_of(find(recipe, ranks)))
     values = []
     for step in range(resume(trainer), STEPS):
         values.append(one_digit_step(trainer, step))

@@ -15,7 +15,7 @@ from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.objective import Usage
 from modsquad_ds.parallel import launch
-from modsquad_ds.train import build_trainer
+from modsquad_ds.trainer import build_trainer
 from modsquad_ds.upcycle import resized_grid
 from ranks import run_ranks
 from small import small_recipe, small_tree

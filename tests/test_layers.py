@@ -14,7 +14,7 @@ PACKAGE = "modsquad_ds"
 # Low to high: a module imports from its own rung and those before it. `data.*` is every module of the package that is
 # not named by itself; packages of one rung do not import each other. A new module gets its place here.
 RUNGS = (
-    ("errors", "tasks", "files"),
+    ("errors", "tasks", "files", "signals"),
     ("model_spec", "adapt_spec"),
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
@@ -23,7 +23,7 @@ RUNGS = (
     ("objective", "model_file", "placement", "trainable", "upcycle", "weights_file", "init_from", "start"),
     ("selection", "surgery"),
     ("parallel.*",),
-    ("checkpoint", "plan", "runlog", "costs"),
+    ("checkpoint", "saving", "plan", "runlog", "costs", "trainer", "resume"),
     ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
     ("bench.*",),
     ("cli", "cli_bench", "cli_modular", "__main__"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from lives import resume, save
 from modsquad_ds.config import Recipe
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
@@ -28,7 +29,7 @@ from modsquad_ds.placement import (
     permute_usage,
 )
 from modsquad_ds.plan import loader_plan, step_tokens
-from modsquad_ds.train import build_trainer, resume, save
+from modsquad_ds.trainer import build_trainer
 from ranks import run_ranks
 from small import small_batch, small_images, small_recipe
 from test_checkpoint import recipe_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import gather_network
-from modsquad_ds.train import Trainer, build_trainer, train_step
+from modsquad_ds.trainer import Trainer, build_trainer, train_step
 from ranks import run_ranks
 from small import small_batch, small_recipe
 

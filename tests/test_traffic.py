@@ -8,7 +8,7 @@ from deepspeed.comm import comm
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.traffic import Call, Total, Traffic, counted
-from modsquad_ds.train import build_trainer, forward_backward
+from modsquad_ds.trainer import build_trainer, forward_backward
 from ranks import run_ranks
 from small import small_batch, small_recipe
 

@@ -13,7 +13,8 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.files import make_folder
 from modsquad_ds.objective import Report
 from modsquad_ds.parallel import launch
-from modsquad_ds.train import Work, build_trainer, due, record_of, stop_if_not_finite, train_step
+from modsquad_ds.train import due
+from modsquad_ds.trainer import Work, build_trainer, record_of, stop_if_not_finite, train_step
 from ranks import run_ranks
 from small import small_batch, small_recipe
 from test_topology import config_file

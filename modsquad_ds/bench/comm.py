@@ -23,7 +23,7 @@ from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.traffic import Traffic, counted
 from modsquad_ds.placement import balanced_order, expert_load
-from modsquad_ds.train import Trainer
+from modsquad_ds.trainer import Trainer
 
 WORK = Workload({"classes": (8, 224), "boxes": (4, 160), "masks": (4, 112)})
 """1568, 400 and 196 tokens: about 70, 20 and 10 %."""

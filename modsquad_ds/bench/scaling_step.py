@@ -29,7 +29,8 @@ from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.traffic import counted
 from modsquad_ds.plan import loader_plan
-from modsquad_ds.train import Trainer, build_trainer, resume, train_step
+from modsquad_ds.resume import find, resume
+from modsquad_ds.trainer import Trainer, build_trainer, train_step
 
 ROUTINGS = ("learned", "balanced")
 CASES = tuple(f"{routing} {how}" for routing in ROUTINGS for how in ("timed", "counted"))
@@ -63,7 +64,7 @@ def measure(tree: dict[str, Any], ranks: int, steps: int, trained: str | None) -
     check_data(plan, (TRAIN,))
     trainer = build_trainer(recipe, here)
     if trained:
-        resume(trainer)
+        resume(trainer, find(recipe, here))
     data = ChosenSteps(plan, like_steps(plan, rounds, len(CASES)))
     batches = iter(BatchLoader(data, range(needed * plan.accumulation), recipe.train.workers))
     measured, loads = _rounds(trainer, batches, rounds)

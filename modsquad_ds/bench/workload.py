@@ -19,7 +19,7 @@ from modsquad_ds.model_spec import SIZES
 from modsquad_ds.objective import Objective
 from modsquad_ds.parallel.engine import build_engine
 from modsquad_ds.parallel.ranks import Ranks
-from modsquad_ds.train import Trainer, build_trainer, train_step
+from modsquad_ds.trainer import Trainer, build_trainer, train_step
 
 PACKED, PER_TASK, DENSE = "packed", "one pass per task", "dense timm ViT"
 VARIANTS = (PACKED, PER_TASK, DENSE)

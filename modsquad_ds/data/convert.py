@@ -29,11 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import modsquad_ds
 from modsquad_ds.data.samples import BadSample, BadSampleError, Labels, Sample, encode
-from modsquad_ds.data.shards import FORMAT, INDEX_NAME, Index, ShardEntry, Skipped, index_file, load_index, sha256_of
+from modsquad_ds.data.shards import FORMAT, INDEX_NAME, Index, ShardEntry, Skipped, index_file, load_index
 from modsquad_ds.data.sources import Source, read_source
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import sync
+from modsquad_ds.files import sha256_of, sync
 
 REPORTED = 20
 """Bad samples that an error message lists; the rest are counted."""

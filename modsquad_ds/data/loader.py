@@ -4,7 +4,6 @@ A training batch is a pure function of (seed, micro-step, rank, world): the data
 sampler is a plain range, and worker processes only compute ahead. Whatever a user has to mend arrives as a UserError.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.transforms import TRANSFORMS, eval_resize, seeded
 from modsquad_ds.data.types import Batch, Finish, RawSample, SubBatch
 from modsquad_ds.errors import UserError
+from modsquad_ds.signals import ignore_in_worker
 from modsquad_ds.tasks import (
     ClassificationTask,
     ClassificationTransform,
@@ -270,8 +270,8 @@ def _as_is(item: T) -> T:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the main process answers it. (torch sets one thread per worker.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals are the main process's to answer. (torch sets one thread per worker.)"""
+    ignore_in_worker()
 
 
 class BatchLoader(Generic[T]):

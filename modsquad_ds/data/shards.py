@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from modsquad_ds.data.decode import IMAGE_FIELDS
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
+from modsquad_ds.files import sha256_of
 from modsquad_ds.tasks import KINDS
 
 FORMAT = 1
@@ -220,12 +221,3 @@ def _pread(shard: _OpenShard, key: str, field: str, offset: int, size: int) -> b
     if len(data) != size:
         raise UserError(f"{where}: cut off after {len(data)} of {size} bytes at offset {offset}: {REMAKE}")
     return data
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
