@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 
 class RankError(AssertionError):
@@ -70,7 +72,11 @@ def rank_context() -> BaseContext:
     if os.environ.get("MODSQUAD_TEST_GPU") == "1":
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["modsquad_ds.train"])
+    context.set_forkserver_preload(["preload"])
+    # The server finds modules by its environment alone, and says nothing of those that it does not find.
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, places))}):
+        forkserver.ensure_running()
     return context
 
 
