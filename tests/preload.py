@@ -8,8 +8,11 @@ import os
 # DeepSpeed imports torch's compiler, which would start processes and threads of its own; a fork copies no threads.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+import timm.models  # noqa: F401
 import torch
 
+import modsquad_ds.train  # noqa: F401
 from modsquad_ds import mmseg_compat
 
 with torch.random.fork_rng():

@@ -47,7 +47,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            settings = {**os.environ, **_environment(rank, world_size, port)}
+            settings = {**os.environ, **environment(rank, world_size, port)}
             task = (sender, timeout, settings, function, (rank, world_size, *args))
             process = context.Process(target=_child, args=task)  # type: ignore[attr-defined]
             process.start()
@@ -80,7 +80,7 @@ def rank_context() -> BaseContext:
     return context
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
