@@ -125,7 +125,8 @@ class Saver:
         if not self.pauses:
             return "no checkpoint written"
         middle, most = median(self.pauses), max(self.pauses)
-        return f"{len(self.pauses)} checkpoints: training paused {middle:.3f} s for each (median), at most {most:.3f} s"
+        count = f"{len(self.pauses)} checkpoint" + "s" * (len(self.pauses) > 1)
+        return f"{count}: training paused {middle:.3f} s for each (median), at most {most:.3f} s"
 
     def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in the host's memory, page-locked where they come from a GPU."""

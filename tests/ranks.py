@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection, forkserver, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process, reduction
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -33,6 +33,19 @@ class Report(NamedTuple):
     """time.monotonic() of the rank, one clock for all processes of the machine."""
 
 
+class Output:
+    """One of the test's own outputs, for a rank: the server that ranks are forked from has those of its own first test."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.descriptor)
+
+    def __setstate__(self, state: Any) -> None:
+        self.descriptor = state.detach()
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks and return their results, in order of rank.
 
@@ -48,7 +61,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             settings = {**os.environ, **environment(rank, world_size, port)}
-            task = (sender, timeout, settings, function, (rank, world_size, *args))
+            task = (sender, timeout, (settings, Output(1), Output(2)), function, (rank, world_size, *args))
             process = context.Process(target=_child, args=task)  # type: ignore[attr-defined]
             process.start()
             sender.close()
@@ -152,12 +165,19 @@ def _kill(process: BaseProcess) -> None:
 
 
 def _child(
-    sender: Connection, timeout: float, settings: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+    sender: Connection,
+    timeout: float,
+    surroundings: tuple[dict[str, str], "Output", "Output"],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     """Body of a rank's process: call, report, leave the process group."""
     os.setpgid(0, 0)
+    settings, out, err = surroundings
     os.environ.clear()
     os.environ.update(settings)
+    os.dup2(out.descriptor, 1)
+    os.dup2(err.descriptor, 2)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     faulthandler.dump_traceback_later(0.9 * timeout)
     try:
