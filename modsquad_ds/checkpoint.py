@@ -47,6 +47,8 @@ class Progress(NamedTuple):
     usage: tuple[Usage, ...]
     chosen: tuple[tuple[int, ...], ...] = ()
     """Per sparse layer, the experts that learn where only some do (`trainable.py`)."""
+    origin: str = ""
+    """Checksum of the file that what is frozen comes from; empty where everything learns."""
 
 
 class Written(NamedTuple):
@@ -212,7 +214,7 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
     state.load(reader.full, content["optimizer_step"])
     buffers = {name: tensors.get_tensor(f"buffer.{name}") for name in state.buffers()}
     state.load_buffers(permute_experts(buffers, moves))
-    return Progress(content["step"], usage, tuple(map(tuple, content["chosen"])))
+    return Progress(content["step"], usage, tuple(map(tuple, content["chosen"])), content["origin"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ each other. Copies of trained experts would need copies of their router rows, ti
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +60,20 @@ class _Gap(NamedTuple):
     what: str
 
 
+def start_file(recipe: Recipe) -> Path:
+    """The file that `init_from` means."""
+    assert recipe.init_from is not None
+    path = recipe.init_from.path
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def initial_state(recipe: Recipe, network: MultiTaskNetwork) -> Started:
     """What the recipe's `init_from` makes of its freshly built network, which is not changed here.
 
     Every rank calls it before experts are spread, and gets the same. Raises UserError where the file cannot be read or does
     not fit, with the way out.
     """
-    assert recipe.init_from is not None
-    path = recipe.init_from.path
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = start_file(recipe)
     if is_model_file(path):
         return from_model(read_model(path), recipe, network, str(path))
     file = read_weights(path)

@@ -72,6 +72,11 @@ def resume(trainer: Trainer, found: Path | None) -> int:
     """Put a checkpoint into a freshly built trainer; returns the number of steps done. Every rank calls it."""
     if found is None:
         return 0
+    if checkpoint.read_state(found)["origin"] != trainer.origin:
+        raise UserError(
+            f"checkpoint {found}: its frozen weights are of another file than init_from is now (checksum); "
+            "put that one back, or start a new run folder (run=...)"
+        )
     place = partial(place_experts, trainer) if trainer.recipe.parallel.placement == "balanced" else None
     progress = checkpoint.load(found, trainer.state, place)
     trainer.usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in progress.usage)

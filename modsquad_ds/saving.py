@@ -93,6 +93,7 @@ class Saver:
             "shapes": {n: list(s) for n, s in state.shapes().items()},
             "layers": len(progress.usage),
             "chosen": progress.chosen,
+            "origin": progress.origin,
             "world": self.ranks.world,
             "images": dict(images),
             "recipe": self.recipe,

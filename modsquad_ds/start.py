@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from modsquad_ds.config import Recipe
-from modsquad_ds.init_from import initial_state, report
+from modsquad_ds.files import sha256_of
+from modsquad_ds.init_from import initial_state, report, start_file
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
 
@@ -20,6 +21,8 @@ class Start(NamedTuple):
     """Per sparse layer; empty where nothing is known."""
     classes: dict[str, list[str]]
     """Class names of the tasks that the file knows."""
+    origin: str = ""
+    """Checksum of the file; empty without one."""
 
 
 def start_of(recipe: Recipe, read_file: bool = True, show: bool = False) -> Start:
@@ -34,4 +37,4 @@ def start_of(recipe: Recipe, read_file: bool = True, show: bool = False) -> Star
     network.load_state_dict(started.state)
     if show:
         print(report(started), flush=True)
-    return Start(network, started.state, started.usage, started.classes)
+    return Start(network, started.state, started.usage, started.classes, sha256_of(start_file(recipe)))

@@ -114,7 +114,7 @@ def loop(
         # Before pruning too: where the rule leaves too little, another one can go on from here.
         wanted = due(done, spec.checkpoint_every, spec.steps) or (prune is not None and done == prune.at_step)
         if wanted or agreed.due or agreed.stop:
-            saver.begin(trainer.state, Progress(done, trainer.usage, trainer.chosen), images)
+            saver.begin(trainer.state, Progress(done, trainer.usage, trainer.chosen, trainer.origin), images)
             clock = saved = time.monotonic()
         if agreed.stop:
             return End(trainer, done, stopped=True)

@@ -74,6 +74,11 @@ class Trainer:
     """The votes of all ranks in the last step, summed, on the device."""
 
     @property
+    def origin(self) -> str:
+        """Checksum of the file that what is frozen comes from; empty where everything learns."""
+        return self.start.origin if self.start is not None and self.trainable is not None else ""
+
+    @property
     def network(self) -> MultiTaskNetwork:
         """The network inside the engine."""
         return self.engine.module

@@ -17,7 +17,7 @@ def save(trainer: Trainer, step: int) -> Path | None:
     plan = loader_plan(recipe, ranks, recipe.adapted)
     saver = Saver(recipe.run, recipe_to_tree(recipe), ranks, recipe.train.keep_checkpoints)
     images = {task: plan.step_images(task) for task in plan.tasks}
-    saver.begin(trainer.state, Progress(step, trainer.usage, trainer.chosen), images)
+    saver.begin(trainer.state, Progress(step, trainer.usage, trainer.chosen, trainer.origin), images)
     return saver.settle()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from modsquad_ds.config import load_recipe, recipe_to_tree
+from modsquad_ds.errors import UserError
 from modsquad_ds.expand import expand
 from modsquad_ds.model_file import ModelFile, network_of, read_model, write_model
 from modsquad_ds.objective import Usage
@@ -176,6 +178,25 @@ def test_a_part_cannot_learn_without_zero_and_placement(model: Path, tmp_path: P
     (tmp_path / "zero0.json").write_text(ZERO0)
     code, _, errors = trained(recipe, "deepspeed_config=zero0.json")
     assert code == 0, errors
+
+
+def refusal(rank: int, world: int, recipe: str, overrides: list[str]) -> str:
+    with pytest.raises(UserError) as refused:
+        train(load_recipe(recipe, overrides))
+    return str(refused.value)
+
+
+@pytest.mark.dist
+def test_frozen_weights_of_another_file_are_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    """The same run, but the file that it starts from was made anew in between: its frozen part would change unseen."""
+    copy = tmp_path / "start.safetensors"
+    shutil.copy(model, copy)
+    recipe = str(recipe_file(tmp_path, copy))
+    run_ranks(1, launched, recipe, ["train.steps=1", "log.wandb=disabled"])
+    file = read_model(model)
+    write_model(copy, file._replace(state={name: tensor + 1 for name, tensor in file.state.items()}))
+    told = run_ranks(1, refusal, recipe, ["train.steps=2", "log.wandb=disabled"])[0]
+    assert "step-00000001: its frozen weights are of another file than init_from is now" in told
 
 
 def test_classes_of_one_number_under_other_names_are_refused_before_training(model: Path, data: Path, tmp_path: Path) -> None:
