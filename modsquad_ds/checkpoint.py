@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from modsquad_ds.placement import Move, Order, expert_moves, moved, permute_expe
 
 FORMAT = 3
 NAME = re.compile(r"step-(\d{8})")
+SEEN_SECONDS = 90.0
+"""How long a file of another node may stay unseen; NFS keeps old listings for up to a minute."""
 SHARED, STATE = "shared.safetensors", "state.json"
 
 
@@ -102,6 +105,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep: int) -> None:
     """Make a checkpoint of a folder whose files are all there: index it, name it, drop all but the newest `keep`."""
     partial = partial_of(final)
+    _wait_until_seen(partial, files)
     content = {"format": FORMAT, **content, "files": [file._asdict() for file in files]}
     write_json(partial / STATE, {**content, "sha256": _checksum(content)})
     sync(partial)
@@ -110,6 +114,17 @@ def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep
     sync(final.parent)
     for old in complete_checkpoints(final.parents[1])[:-keep]:
         _remove(old)
+
+
+def _wait_until_seen(folder: Path, files: Sequence[Written]) -> None:
+    """Wait for files that other nodes have written; a shared file system may take a while to show them. OSError if it does not."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    for path, size in ((folder / file.file, file.bytes) for file in files):
+        while not path.is_file() or path.stat().st_size != size:
+            if time.monotonic() > deadline:
+                unseen = f"rank 0 does not see {path.name}, which another rank has written"
+                raise OSError(f"{unseen}: do all nodes share {folder.parent}?")
+            time.sleep(0.2)
 
 
 def shared_tensors(usage: tuple[Usage, ...], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class _Work(Thread):
 
     def __init__(self, task: Callable[[], tuple[Written, ...]]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.task, self.part = task, Part(())
+        self.task, self.part = task, Part((), "its thread died, see above")
         self.start()
 
     def run(self) -> None:
@@ -171,8 +171,10 @@ class Saver:
             self._publishing = _Work(publish)
 
     def _failed(self, final: Path, failures: list[str]) -> bool:
-        """Whether any of the same list on every rank is a failure; rank 0 tells it and clears up. Training goes on: it may be
-        the disk's last moment, but it need not be this run's."""
+        """Whether there is a failure in a list that is the same on every rank; rank 0 tells it and clears up.
+
+        Training goes on: room may be made before the next checkpoint, while what is in memory now would be lost.
+        """
         told = [failure for failure in failures if failure]
         if told and self.ranks.first:
             shutil.rmtree(checkpoint.partial_of(final), ignore_errors=True)

@@ -142,6 +142,25 @@ def test_what_is_written_and_what_is_read(tmp_path: Path, capfd: pytest.CaptureF
     assert "rank-00000.safetensors differs from its checksum; put aside as " in told and "trying the one before" in told
 
 
+def on_a_disk_of_its_own(rank: int, world: int, folder: Path) -> str:
+    """Rank 1 writes where rank 0 does not see it."""
+    trainer = build_trainer(
+        small_recipe(**{"run": str(folder / f"run-{rank}"), "deepspeed_config": config_file(folder, 2)}), launch.start()
+    )
+    saver = saver_of(trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SEEN_SECONDS", 0.5)
+        saver.begin(trainer.state, Progress(0, trainer.usage), {})
+        return str(saver.settle())
+
+
+@pytest.mark.dist
+def test_ranks_that_do_not_share_the_run_folder_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(2, on_a_disk_of_its_own, tmp_path) == ["None", "None"]
+    told = capfd.readouterr().out
+    assert "rank 0 does not see rank-00001.safetensors" in told and "do all nodes share " in told
+
+
 def on_a_full_disk(rank: int, world: int, folder: Path) -> list[str]:
     """Rank 1's disk is full once; then the folder cannot be given its name once; then all is well."""
     trainer = build_trainer(
