@@ -117,7 +117,7 @@ def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep
 
 
 def _wait_until_seen(folder: Path, files: Sequence[Written]) -> None:
-    """Wait for files that other nodes have written; a shared file system may take a while to show them. OSError if it does not."""
+    """Wait for files of other nodes, which a shared file system may show late. Raises OSError if it does not show them."""
     deadline = time.monotonic() + SEEN_SECONDS
     for path, size in ((folder / file.file, file.bytes) for file in files):
         while not path.is_file() or path.stat().st_size != size:
