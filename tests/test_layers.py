@@ -48,7 +48,7 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
 PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-PYTHON_FILES = [*MODULES.values(), *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+PYTHON_FILES = [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
 
 
 def opens_lower_rung(module: str) -> bool:
