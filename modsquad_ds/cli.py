@@ -120,6 +120,19 @@ def shards(
 
 
 @app.command()
+def stage(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Option(help="Folder on a disk of this machine; jobs may share it.")],
+    overrides: Overrides = None,
+) -> None:
+    """Copy a recipe's shards to a local disk, once; then train with data_root=TO. slurm/train.sbatch does it on each node."""
+    from modsquad_ds.config import load_recipe
+    from modsquad_ds.stage import stage as copy
+
+    copy(load_recipe(recipe, overrides or ()), to)
+
+
+@app.command()
 def quickstart_data(out: Annotated[Path, typer.Argument(help="Folder for the datasets and their shards.")]) -> None:
     """Make the quickstart's small datasets from real pixels, in ImageNet, COCO and ADE20K layout, and their shards."""
     from modsquad_ds.data.quickstart import build

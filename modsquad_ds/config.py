@@ -112,6 +112,9 @@ class ParallelSpec(Strict):
     """None: every token reaches all its top_k experts. A number: while training, an expert takes at most
     ceil(capacity_factor * tokens * top_k / num_experts) of a rank's tokens, those with the highest gate weights. All transfers
     then have a fixed size and the host never waits to learn it."""
+    expect_world_size: int | None = Field(None, gt=0)
+    """Ranks that training is meant to have; with any other number it is refused. slurm/train.sbatch sets it: some launchers start
+    fewer than they were asked for and say nothing."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A collective that takes longer ends the job."""
 

@@ -23,7 +23,7 @@ RUNGS = (
     ("objective", "model_file", "placement", "trainable", "upcycle", "weights_file", "init_from", "start"),
     ("selection", "surgery"),
     ("parallel.*",),
-    ("checkpoint", "saving", "plan", "runlog", "costs", "trainer", "resume"),
+    ("checkpoint", "saving", "plan", "runlog", "costs", "trainer", "resume", "stage"),
     ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
     ("bench.*",),
     ("cli", "cli_bench", "cli_modular", "__main__"),

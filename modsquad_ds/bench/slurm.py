@@ -45,7 +45,7 @@ def read_cluster() -> Cluster:
     """Resources of a node. UserError without a checkout of the project or without a number of tasks."""
     if not (ROOT / "slurm/cluster.env").is_file():
         raise UserError(f"bench scaling --nodes: no slurm/cluster.env under {ROOT}; run it from a checkout of the project")
-    script = '. slurm/cluster.env && printf %s "$MODSQUAD_SBATCH"'
+    script = '. "${MODSQUAD_CLUSTER_ENV:-slurm/cluster.env}" && printf %s "$MODSQUAD_SBATCH"'
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{ROOT / 'slurm/cluster.env'}: {done.stderr.strip() or 'sets no MODSQUAD_SBATCH'}")

@@ -52,3 +52,13 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
             absent = ", ".join(name for name in names if name not in environment)
             raise UserError(f"{', '.join(given)} set but {absent} not: start through deepspeed, torchrun or srun, or set all")
     return Ranks()
+
+
+def check_world(ranks: Ranks, expected: int | None) -> None:
+    """Refuse to train on another number of ranks than `parallel.expect_world_size`. UserError with both and the usual causes."""
+    if expected not in (None, ranks.world):
+        raise UserError(
+            f"{ranks.world} rank(s) started, parallel.expect_world_size is {expected}: `deepspeed` without --hostfile starts ranks "
+            "on one node only (add --hostfile FILE --no_ssh_check), `python` in a batch script is one rank (put srun before it), "
+            "srun without --ntasks-per-node starts one rank per node"
+        )

@@ -124,9 +124,10 @@ class Cluster:
     def wait(self, number: str, *states: str, timeout: float = 120.0, restarts: int = 0) -> dict[str, str]:
         """Wait until a job is in one of `states` (default: ended) and was started again at least `restarts` times.
 
-        A requeued job would wait two minutes; it is let go at once. ClusterError if the job ends otherwise, or not in time.
+        A requeued job would wait two minutes; it is let go after three seconds: a node that gets it sooner takes it for the one that
+        it has just ended. ClusterError if the job ends otherwise, or not in time.
         """
-        wanted, deadline = states or ENDED, time.monotonic() + timeout
+        wanted, deadline, released = states or ENDED, time.monotonic() + timeout, False
         while True:
             job = self.job(number)
             if job["JobState"] in wanted and int(job["Restarts"]) >= restarts:
@@ -134,8 +135,10 @@ class Cluster:
             ended = job["JobState"] in ENDED and not any(state in ENDED for state in wanted)
             if ended or time.monotonic() > deadline:
                 raise ClusterError(f"job {number} is {job['JobState']}, not {wanted} after {restarts} restarts: {job}")
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            held = job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
+            if held and not released:
+                self.run("scontrol", "update", f"JobId={number}", "StartTime=now+3", check=False)
+            released = held
             time.sleep(0.2)
 
     def signal(self, number: str, name: str = "USR1") -> None:

@@ -1,0 +1,87 @@
+"""Training data copied to a disk of the node before the ranks start: `modsquad-ds stage`, called by slurm/train.sbatch.
+
+    TO/<data>/train/   as DATA_ROOT/<data>/train, for every task that learns; then train with data_root=TO
+
+A copy appears whole or not at all and is used again as long as its index is that of the source, so a requeued job finds it.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modsquad_ds.config import Recipe
+from modsquad_ds.data.loader import TRAIN, VAL
+from modsquad_ds.data.shards import INDEX_NAME, Index, index_file, load_index
+from modsquad_ds.data.staging import staged_folder
+from modsquad_ds.errors import UserError
+
+
+def stage(recipe: Recipe, to: Path) -> Path:
+    """Copy the shards that training opens under the folder `to`, which may be shared by jobs; returns it.
+
+    A second process that stages the same data waits for the first. UserError for data outside of data_root, a missing index, a
+    file that is not as large as the index says, and a disk without room.
+    """
+    outside = [name for name, spec in recipe.adapted.items() if spec.data.is_absolute()]
+    if outside:
+        raise UserError(
+            f"stage: tasks.{outside[0]}.data {recipe.adapted[outside[0]].data} does not lie below data_root, so its copy would not be "
+            "found; give it relative to data_root"
+        )
+    folders = sorted({spec.data / split for spec in recipe.adapted.values() for split in (TRAIN, VAL)})
+    indices = {folder: load_index(recipe.data_root / folder) for folder in folders}
+    for folder, index in indices.items():
+        with _alone(to / folder):
+            if _is_copy(recipe.data_root / folder, to / folder):
+                print(f"stage: {to / folder} is there", flush=True)
+                continue
+            _check_room(to, index)
+            _copy(recipe.data_root / folder, to / folder, index)
+            print(f"stage: {to / folder}, {len(index.shards)} shard(s)", flush=True)
+    return to
+
+
+def _copy(source: Path, final: Path, index: Index) -> None:
+    with staged_folder(final) as folder:
+        for entry in index.shards:
+            for name in (entry.file, index_file(entry.file)):
+                try:
+                    shutil.copyfile(source / name, folder / name)
+                except OSError as error:
+                    raise UserError(f"stage: {source / name} to {final}: {error.strerror}") from None
+            size = (folder / entry.file).stat().st_size
+            if size != entry.bytes:
+                raise UserError(f"stage: {source / entry.file}: {size} bytes, {entry.bytes} in its index; make the shards again")
+        shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
+
+
+def _is_copy(source: Path, copy: Path) -> bool:
+    """Whether the copy has the source's index; its checksums of all shards stand there."""
+    return (copy / INDEX_NAME).is_file() and (copy / INDEX_NAME).read_bytes() == (source / INDEX_NAME).read_bytes()
+
+
+def _check_room(to: Path, index: Index) -> None:
+    needed, free = sum(entry.bytes for entry in index.shards), shutil.disk_usage(to).free
+    if needed > free:
+        raise UserError(
+            f"stage: {to} has {free / 2**30:.1f} GiB free, the {index.split} shards of {index.source} take {needed / 2**30:.1f}; "
+            "give a larger disk (MODSQUAD_SCRATCH), or train without a copy"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this node fills the folder."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"stage: {folder.parent} cannot be written to ({error.strerror}); give another folder") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
