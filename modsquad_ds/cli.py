@@ -12,7 +12,7 @@ import typer
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
 from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
-from modsquad_ds.parallel.ranks import Ranks, ranks_from
+from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,9 +52,12 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     python -m modsquad_ds train quickstart parallel.ep_size=1[/dim]
     """
     from modsquad_ds.config import load_recipe
-    from modsquad_ds.train import train as run
 
-    run(load_recipe(recipe, overrides or ()))
+    read = load_recipe(recipe, overrides or ())
+    check_world(ranks_from(os.environ), read.parallel.expect_world_size)
+    from modsquad_ds.train import train as run  # takes seconds, which a mistake should not
+
+    run(read)
 
 
 @app.command()

@@ -8,6 +8,7 @@ A copy appears whole or not at all and is used again as long as its index is tha
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,22 +26,19 @@ def stage(recipe: Recipe, to: Path) -> Path:
     A second process that stages the same data waits for the first. UserError for data outside of data_root, a missing index, a
     file that is not as large as the index says, and a disk without room.
     """
-    outside = [name for name, spec in recipe.adapted.items() if spec.data.is_absolute()]
-    if outside:
-        raise UserError(
-            f"stage: tasks.{outside[0]}.data {recipe.adapted[outside[0]].data} does not lie below data_root, so its copy would not be "
-            "found; give it relative to data_root"
-        )
+    for name, spec in recipe.adapted.items():
+        if spec.data.is_absolute():
+            raise UserError(f"stage: tasks.{name}.data {spec.data}: give it relative to data_root, else its copy is not found")
     folders = sorted({spec.data / split for spec in recipe.adapted.values() for split in (TRAIN, VAL)})
     indices = {folder: load_index(recipe.data_root / folder) for folder in folders}
+    copied = 0
     for folder, index in indices.items():
         with _alone(to / folder):
-            if _is_copy(recipe.data_root / folder, to / folder):
-                print(f"stage: {to / folder} is there", flush=True)
-                continue
-            _check_room(to, index)
-            _copy(recipe.data_root / folder, to / folder, index)
-            print(f"stage: {to / folder}, {len(index.shards)} shard(s)", flush=True)
+            if not _is_copy(recipe.data_root / folder, to / folder):
+                _check_room(to, index)
+                _copy(recipe.data_root / folder, to / folder, index)
+                copied += 1
+    print(f"{socket.gethostname()}: {to} has {len(folders)} folders of shards, {copied} of them new", flush=True)
     return to
 
 

@@ -58,7 +58,7 @@ def check_world(ranks: Ranks, expected: int | None) -> None:
     """Refuse to train on another number of ranks than `parallel.expect_world_size`. UserError with both and the usual causes."""
     if expected not in (None, ranks.world):
         raise UserError(
-            f"{ranks.world} rank(s) started, parallel.expect_world_size is {expected}: `deepspeed` without --hostfile starts ranks "
-            "on one node only (add --hostfile FILE --no_ssh_check), `python` in a batch script is one rank (put srun before it), "
-            "srun without --ntasks-per-node starts one rank per node"
+            f"{ranks.world} rank(s) started, parallel.expect_world_size is {expected}: `deepspeed` without --hostfile "
+            "starts ranks on one node (add --hostfile FILE --no_ssh_check), `python` in a batch script is one rank "
+            "(put srun before it), srun without --ntasks-per-node starts one rank per node"
         )

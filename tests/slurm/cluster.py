@@ -69,7 +69,7 @@ class Cluster:
     """A running Slurm; as a context it stops when the block ends.
 
     Nodes are named node1, node2, ...; each claims `cpus` CPUs and `gpus` GPUs that are none. A node that does not answer for
-    `patience` seconds is down.
+    `patience` seconds is down. All see the same files, but for the folder `scratch`: in mode `netns` each node has its own.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Cluster:
         self.folder, self.gpus, self.cpus, self.patience = folder, gpus, cpus, patience
         self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
         self.mode: Mode = mode or ("host" if no_namespaces() else "netns")
-        self.conf = folder / "slurm.conf"
+        self.conf, self.scratch = folder / "slurm.conf", folder / "scratch"
         self._pipes: dict[str, subprocess.Popen[str]] = {}
         self._outside: dict[str, str] = {}
         self._killed: set[str] = set()
@@ -124,8 +124,8 @@ class Cluster:
     def wait(self, number: str, *states: str, timeout: float = 120.0, restarts: int = 0) -> dict[str, str]:
         """Wait until a job is in one of `states` (default: ended) and was started again at least `restarts` times.
 
-        A requeued job would wait two minutes; it is let go after three seconds: a node that gets it sooner takes it for the one that
-        it has just ended. ClusterError if the job ends otherwise, or not in time.
+        A requeued job would wait two minutes. It is let go after three seconds: a node that gets it sooner takes it for the one
+        that it has just ended. ClusterError if the job ends otherwise, or not in time.
         """
         wanted, deadline, released = states or ENDED, time.monotonic() + timeout, False
         while True:
@@ -160,7 +160,8 @@ class Cluster:
         """Start a node, or one that was killed, and wait until Slurm may use it."""
         if self.mode == "netns":
             self.run("ip", "link", "set", f"to-{node}", "up")
-            self._begin(node, ["nsenter", f"--net=/run/netns/{node}"], "true")
+            disk = f"mount --bind '{self.folder}/disks/{node}' '{self.scratch}'"
+            self._begin(node, ["nsenter", f"--net=/run/netns/{node}"], disk)
             command = [*self._enter(node, self.folder), "slurmd", "-f", str(self.conf), "-N", node]
         else:
             command = ["slurmd", "-f", str(self.conf), "-N", node]

@@ -47,7 +47,7 @@ PartitionName=low Nodes=ALL DefaultTime=20 State=UP PriorityTier=1 PreemptMode=R
 
 def write_files(folder: Path, nodes: Sequence[str], gpus: int, cpus: int, patience: int, own_addresses: bool) -> None:
     """Write all of them; with `own_addresses` every node is a host of its own, else all are ports of this one."""
-    for name in ("run", "state", "log", *(f"spool/{node}" for node in nodes)):
+    for name in ("run", "state", "log", "scratch", *(f"{kind}/{node}" for kind in ("spool", "disks") for node in nodes)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
