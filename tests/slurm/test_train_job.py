@@ -88,8 +88,8 @@ def records(run: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says of each step, but for what depends on the time."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    of_time = ("images_per_s", "tokens_per_s", "seconds", "checkpoint_seconds", "data_wait", "memory")
-    return [{key: value for key, value in json.loads(line).items() if key not in of_time} for line in lines]
+    of_time = ("_per_s", "seconds")
+    return [{key: value for key, value in json.loads(line).items() if not key.endswith(of_time)} for line in lines]
 
 
 def wait_for_step(jobs: Jobs, number: str, step: int) -> None:
