@@ -148,7 +148,8 @@ def test_first_rank_is_heard_as_it_goes_and_the_others_when_the_job_fails(job: J
         "rank 1: error: no disk",
         f"train.sbatch: exit code 2; the ranks' logs are in {job.folder.parent}/a job.ranks/start-0",
     ]
-    _, output = job.run("quickstart", CODE="1", SAID="rank 1: Traceback (most recent)\n  File x\nValueError: 3", SLURM_RESTART_COUNT="4")
+    said = "rank 1: Traceback (most recent)\n  File x\nValueError: 3"
+    _, output = job.run("quickstart", CODE="1", SAID=said, SLURM_RESTART_COUNT="4")
     assert output.splitlines()[-2] == "rank-1: ValueError: 3"
     assert output.splitlines()[-1].endswith("a job.ranks/start-4")
 
