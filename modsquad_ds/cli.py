@@ -107,19 +107,40 @@ def shards(
     workers: Annotated[int, typer.Option(help="Processes.")] = len(os.sched_getaffinity(0)),
     skip_bad: Annotated[bool, typer.Option(help="Leave bad samples out and count them, rather than refuse.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace shards that are already there.")] = False,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="Write only part I (0 to N-1) of N, for --merge.")] = None,
+    merge: Annotated[int | None, typer.Option(metavar="N", help="Make OUT/SPLIT of its N parts.")] = None,
 ) -> None:
     """Convert a dataset to WebDataset shards with an index, checking every sample.
 
     [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train
     modsquad-ds shards coco /data/coco /shards/coco --split val
     modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split train[/dim]
+
+    Several jobs can share the work: each runs the same command with its own --part, in any order and as often as it likes;
+    a part that is finished is not written again. Then --merge checks all parts and makes OUT/SPLIT, the same bytes as in
+    one piece. --part I/N with --merge N merges only if that was the last part.
+
+    [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train --part 0/32
+    modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train --merge 32
+    sbatch --array=0-31 slurm/shards.sbatch imagenet /data/ILSVRC /shards/imagenet --split train[/dim]
     """
     from modsquad_ds.data.convert import convert
+    from modsquad_ds.data.part_job import parse_part
+    from modsquad_ds.data.parts import convert_part, merge_parts
 
-    convert(
-        layout, src, out, split,
-        samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, overwrite=overwrite,
-    )  # fmt: skip
+    numbers = {"samples_per_shard": samples_per_shard, "workers": workers}
+    if part is None and merge is None:
+        convert(layout, src, out, split, skip_bad=skip_bad, overwrite=overwrite, progress=True, **numbers)
+        return
+    if overwrite:
+        raise UserError("--overwrite does not go with --part and --merge: remove OUT/SPLIT first, or choose another OUT")
+    if part is None:
+        merge_parts(layout, src, out, split, merge or 0, skip_bad=skip_bad, progress=True, **numbers)
+        return
+    chosen = parse_part(part)
+    if merge not in (None, chosen.total):
+        raise UserError(f"--merge {merge} with --part {part}: expected --merge {chosen.total}")
+    convert_part(layout, src, out, split, chosen, merge=merge is not None, skip_bad=skip_bad, progress=True, **numbers)
 
 
 @app.command()

@@ -19,12 +19,16 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What flock answers on file systems without locks (some cluster mounts)."""
 
 
+class BusyError(UserError):
+    """Another process is filling the same folder."""
+
+
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends well it replaces `final`, when it raises it is removed.
 
-    Remains of killed runs are cleared first. UserError if another process is filling the same folder at this moment,
-    or if the folder cannot be made. Folders above `final` that were made for it go again on failure.
+    Remains of killed runs are cleared first. BusyError if another process is filling the same folder at this moment,
+    UserError if the folder cannot be made. Folders above `final` that were made for it go again on failure.
     """
     stage, replaced = _sibling(final, "partial"), _sibling(final, "replaced")
     missing = [parent for parent in final.parents if not parent.exists()]
@@ -58,7 +62,11 @@ def _sibling(final: Path, purpose: str) -> Path:
 
 def _lock(stage: Path, final: Path) -> int:
     """Open and lock the stage's lock file; the kernel frees it when the process ends, however it ends."""
-    descriptor = os.open(stage / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    busy = f"another process is writing {final} now: wait for it or choose another folder"
+    try:
+        descriptor = os.open(stage / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError as error:  # the holder before us has just renamed or removed the folder
+        raise BusyError(busy) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us may have removed the file, or renamed its folder, between our two calls.
@@ -66,7 +74,7 @@ def _lock(stage: Path, final: Path) -> int:
             raise BlockingIOError
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"another process is writing {final} now: wait for it or choose another folder") from error
+        raise BusyError(busy) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
