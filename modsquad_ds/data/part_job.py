@@ -104,10 +104,6 @@ class Job:
         """All tars of the conversion."""
         return convert.plan(self.source, self.final, self.samples_per_shard)
 
-    def share(self, number: int) -> list[Task]:
-        """The tars of a part."""
-        return self.tasks[number :: self.parts]
-
     def command(self, number: int) -> str:
         """What a user types to have the part written (again)."""
         words = ["python", "-m", "modsquad_ds", "shards", self.source.layout, str(self.source.root), str(self.out)]
@@ -120,18 +116,25 @@ class Job:
 
         Each is opened by its name: a folder's listing may come from a network file system's cache.
         """
-        found = [read_record(self.folder(number)) for number in range(self.parts)]
-        return [record if record and self.mismatch(record) is None else None for record in found]
+        found = enumerate([read_record(self.folder(number)) for number in range(self.parts)])
+        return [record if record and self.mismatch(number, record) is None else None for number, record in found]
 
-    def mismatch(self, record: PartRecord) -> str | None:
-        """What a part was made with or from, where that is not what this conversion is made with or from."""
+    def mismatch(self, number: int, record: PartRecord) -> str | None:
+        """What keeps the record of part `number` from being one of this conversion's; None if nothing does."""
         if record.tool != TOOL:
             return f"was written by {record.tool}, this is {TOOL}"
         if record.samples_per_shard != self.samples_per_shard:
             return f"was written with {record.samples_per_shard} samples per shard, expected {self.samples_per_shard}"
         if record.listing != self.listing:
             return f"was written from another listing of {self.source.root} (files came, went or changed their class since)"
-        return None
+        share = self.tasks[number :: self.parts]
+        if [entry.file for entry in record.shards] != [task.path.name for task in share]:
+            return f"lists other tars than the {len(share)} of its share"
+        listed = {convert.storable(bad) for bad in self.source.bad} if number == 0 else set()
+        found = sum(entry.samples for entry in record.shards)
+        found += len({(one.file, one.reason) for one in record.bad} - listed)
+        planned = sum(len(task.samples) for task in share)
+        return None if found == planned else f"accounts for {found} of its {planned} samples"
 
     def is_settled(self, record: PartRecord | None) -> bool:
         """Whether a part needs no further run. With bad samples it does, in case they were mended, unless they are skipped."""
@@ -202,18 +205,6 @@ def _keys(folder: Path, entry: ShardEntry) -> list[str]:
 
 
 # ---------------------------------------------------------------- what may be wrong with a part
-
-
-def miscounted(job: Job, number: int, record: PartRecord) -> str | None:
-    """A record that does not account for every sample of its part, each once."""
-    tasks = job.share(number)
-    names = [task.path.name for task in tasks]
-    if [entry.file for entry in record.shards] != names:
-        return f"lists other tars than the {len(names)} of its share"
-    listed = {convert.storable(bad) for bad in job.source.bad} if number == 0 else set()
-    found = sum(entry.samples for entry in record.shards) + len({(one.file, one.reason) for one in record.bad} - listed)
-    planned = sum(len(task.samples) for task in tasks)
-    return None if found == planned else f"accounts for {found} of its {planned} samples"
 
 
 def faults(job: Job, records: dict[int, PartRecord], title: str) -> dict[int, str]:

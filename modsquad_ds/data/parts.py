@@ -20,7 +20,7 @@ from pathlib import Path
 from modsquad_ds.data import convert
 from modsquad_ds.data.convert import TOOL
 from modsquad_ds.data.pack import progress_bar, write, write_file
-from modsquad_ds.data.part_job import RECORD_NAME, Job, Part, PartRecord, faults, miscounted, open_job, read_record
+from modsquad_ds.data.part_job import RECORD_NAME, Job, Part, PartRecord, faults, open_job, read_record
 from modsquad_ds.data.samples import BadSample
 from modsquad_ds.data.shards import INDEX_NAME, Index, ShardEntry, Skipped, index_file, load_index
 from modsquad_ds.data.staging import BusyError, staged_folder
@@ -53,12 +53,12 @@ def convert_part(
     starts anew. Without `skip_bad` a part with bad samples is a UserError that lists them, and is written anew next time.
     Other UserErrors are those of `convert`.
     """
+    if not 0 <= part.number < part.total:
+        raise UserError(f"part {part}: expected I/N with I from 0 to N-1")
     job = open_job(
         layout, src, out, split, part.total,
         samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, progress=progress,
     )  # fmt: skip
-    if not 0 <= part.number < part.total:
-        raise UserError(f"part {part}: expected I/N with I from 0 to N-1")
     try:
         record = _finished_or_written(job, part)
     except OSError as error:
@@ -156,13 +156,13 @@ def _size(record: PartRecord) -> str:
 def _finished(job: Job, part: Part) -> PartRecord | None:
     """The part's record if it needs no further run and its files are those that were written."""
     record = read_record(job.folder(part.number))
-    if record is None or job.mismatch(record) or not job.is_settled(record):
+    if record is None or job.mismatch(part.number, record) or not job.is_settled(record):
         return None
-    return None if any(faults(job, {part.number: record}, "reading")) else record
+    return None if faults(job, {part.number: record}, f"part {part}, reading") else record
 
 
 def _write(job: Job, part: Part, stage: Path) -> PartRecord:
-    tasks = [task._replace(path=stage / task.path.name) for task in job.share(part.number)]
+    tasks = [task._replace(path=stage / task.path.name) for task in job.tasks[part.number :: part.total]]
     with progress_bar(job.console, f"part {part}", sum(len(task.samples) for task in tasks)) as advance:
         written = write(tasks, job.workers, advance)
     listed = job.source.bad if part.number == 0 else ()
@@ -228,7 +228,7 @@ def _checked_records(job: Job) -> list[PartRecord]:
         record = read_record(job.folder(number))
         if record is None:
             wrong[number] = "has no readable part.json" if job.folder(number).exists() else "is missing"
-        elif fault := job.mismatch(record) or miscounted(job, number, record):
+        elif fault := job.mismatch(number, record):
             wrong[number] = fault
         else:
             records[number] = record
