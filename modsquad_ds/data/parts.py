@@ -62,7 +62,9 @@ def convert_part(
     try:
         record = _finished_or_written(job, part)
     except OSError as error:
-        raise UserError(f"cannot write {job.folder(part.number)}: {_what(error)}") from error
+        if not job.is_published():  # by another process, which has removed the parts under our hands
+            raise UserError(f"cannot write {job.folder(part.number)}: {_what(error)}") from error
+        record = None
     if record is None or (merge and job.is_published()):
         return _already(job)
     bad = [BadSample(one.file, one.reason) for one in record.bad]

@@ -30,64 +30,63 @@ def staged_folder(final: Path) -> Iterator[Path]:
     Remains of killed runs are cleared first. BusyError if another process is filling the same folder at this moment,
     UserError if the folder cannot be made. Folders above `final` that were made for it go again on failure.
     """
-    stage, replaced = _sibling(final, "partial"), _sibling(final, "replaced")
+    stage, replaced, lock = (_sibling(final, purpose) for purpose in ("partial", "replaced", "lock"))
     missing = [parent for parent in final.parents if not parent.exists()]
     try:
-        stage.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock, final)
     except OSError as error:
         raise UserError(f"cannot make the folder {stage}: {error.strerror}") from error
-    lock = _lock(stage, final)
     try:
-        _clear(stage, keep="lock")
-        shutil.rmtree(replaced, ignore_errors=True)
+        for remains in (stage, replaced):
+            shutil.rmtree(remains, ignore_errors=True)
+        stage.mkdir()
         yield stage
-        (stage / "lock").unlink()
         sync(stage)
         if final.exists():
             final.rename(replaced)
         stage.rename(final)
         sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+        lock.unlink(missing_ok=True)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
+        lock.unlink(missing_ok=True)
         _remove_empty(missing)
         raise
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def _sibling(final: Path, purpose: str) -> Path:
     return final.with_name(f".{final.name}.{purpose}")
 
 
-def _lock(stage: Path, final: Path) -> int:
-    """Open and lock the stage's lock file; the kernel frees it when the process ends, however it ends."""
-    busy = f"another process is writing {final} now: wait for it or choose another folder"
+def _lock(path: Path, final: Path) -> int:
+    """Open and lock the lock file; the kernel frees it when the process ends, however it ends.
+
+    It lies beside the folder that is filled, not in it: its holder removes it last of all, so whoever makes it anew finds
+    nobody at work.
+    """
+    busy = BusyError(f"another process is writing {final} now: wait for it or choose another folder")
     try:
-        descriptor = os.open(stage / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError as error:  # the holder before us has just renamed or removed the folder
-        raise BusyError(busy) from error
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError as error:  # a holder before us has just removed the folder above, which it had made
+        raise busy from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder before us may have removed the file, or renamed its folder, between our two calls.
-        if not (stage / "lock").exists() or not os.path.samestat(os.fstat(descriptor), os.stat(stage / "lock")):
+        # The holder before us may have removed the file between our two calls.
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
             raise BlockingIOError
-    except BlockingIOError as error:
+    except (BlockingIOError, FileNotFoundError) as error:
         os.close(descriptor)
-        raise BusyError(busy) from error
+        raise busy from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
             raise
         # Without locks only the guard against two simultaneous writers is lost.
     return descriptor
-
-
-def _clear(folder: Path, keep: str) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != keep:
-            entry.unlink()
 
 
 def _remove_empty(folders: list[Path]) -> None:
