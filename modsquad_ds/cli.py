@@ -122,7 +122,7 @@ def shards(
 
     [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train --part 0/32
     modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train --merge 32
-    sbatch --array=0-31 slurm/shards.sbatch imagenet /data/ILSVRC /shards/imagenet --split train[/dim]
+    sbatch $MODSQUAD_SBATCH_CPU --array=0-31 slurm/shards.sbatch imagenet /data/ILSVRC /shards/imagenet --split train[/dim]
     """
     from modsquad_ds.data.convert import convert
     from modsquad_ds.data.part_job import parse_part

@@ -17,6 +17,7 @@ import layouts
 from layouts import all_samples, by_webdataset, contents, made
 from modsquad_ds.data.convert import convert
 from modsquad_ds.data.shards import ShardSet, load_index
+from modsquad_ds.data.staging import BusyError, staged_folder
 from modsquad_ds.errors import UserError
 
 # webdataset leaves the tars that it reads to the garbage collector.
@@ -128,7 +129,7 @@ def test_numbers_and_unwritable_places(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers: -1, expected 1 or more"):
         convert("imagenet", src, tmp_path / "out", "train", workers=-1, progress=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot make the folder .*file/.train.partial: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot make the folder .*/file: File exists"):
         convert("imagenet", src, tmp_path / "file", "train", progress=False)
 
 
@@ -154,6 +155,23 @@ def test_a_folder_without_splits_is_not_both_training_and_held_out_data(tmp_path
 
 
 # ---------------------------------------------------------------- killed runs
+
+
+def test_nobody_gets_in_while_a_finished_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        with pytest.raises(BusyError, match="another process is writing"), staged_folder(tmp_path / "out/final"):
+            raise AssertionError("let in")
+        seen.append((self.name, target.name))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for text in ("old", "new"):
+        with staged_folder(tmp_path / "out/final") as stage:
+            (stage / "file").write_text(text)
+    assert seen == [(".final.partial", "final"), ("final", ".final.replaced"), (".final.partial", "final")]
+    assert os.listdir(tmp_path / "out") == ["final"] and (tmp_path / "out/final/file").read_text() == "new"
 
 PARALLEL = """
 import sys

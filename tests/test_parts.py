@@ -1,13 +1,8 @@
 """Conversion in parts: whatever becomes of the parts, the shards are those of a conversion in one piece, or there are none."""
 
-import fcntl
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,45 +10,19 @@ import pytest
 import layouts
 from layouts import all_samples, contents
 from modsquad_ds import cli
-from modsquad_ds.data import part_job, parts
-from modsquad_ds.data.convert import convert
+from modsquad_ds.data import part_job
 from modsquad_ds.data.part_job import Part, fingerprint, parse_part
 from modsquad_ds.data.parts import convert_part, merge_parts
-from modsquad_ds.data.shards import Index, ShardSet
+from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.sources import read_source
 from modsquad_ds.errors import UserError
-from test_convert import wait_for, writers
-
-PER_SHARD = 3
-
-
-def part(
-    src: Path, out: Path, number: int, total: int, *, merge: bool = False, skip_bad: bool = False, layout: str = "imagenet"
-) -> Index | None:
-    return convert_part(
-        layout, src, out, "train", Part(number, total),
-        merge=merge, samples_per_shard=PER_SHARD, skip_bad=skip_bad, progress=False,
-    )  # fmt: skip
-
-
-def merge(src: Path, out: Path, total: int, *, skip_bad: bool = False, layout: str = "imagenet") -> Index:
-    return merge_parts(layout, src, out, "train", total, samples_per_shard=PER_SHARD, skip_bad=skip_bad, progress=False)
-
-
-def one_piece(src: Path, out: Path, *, skip_bad: bool = False, layout: str = "imagenet") -> dict[str, bytes]:
-    convert(layout, src, out, "train", samples_per_shard=PER_SHARD, skip_bad=skip_bad, progress=False)
-    return contents(out / "train")
+from part_runs import PER_SHARD, flip, merge, one_piece, part, tree
 
 
 @pytest.fixture
 def src(tmp_path: Path) -> Path:
     """20 samples, so 7 tars."""
     return layouts.imagenet(tmp_path / "src", per_class=10)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_share_of_a_part(src: Path, tmp_path: Path) -> None:
@@ -237,12 +206,6 @@ def test_everything_that_keeps_parts_from_being_merged_is_named_at_once(src: Pat
     assert contents(out / "train") == one_piece(src, tmp_path / "one")
 
 
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
 def test_parts_of_another_listing_or_cut_are_not_merged(src: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     part(src, out, 0, 2)
@@ -305,166 +268,3 @@ def test_options_that_do_not_go_together(src: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--merge 3 with --part 0/2: expected --merge 2"):
         cli.shards("imagenet", src, tmp_path / "out", workers=1, part="0/2", merge=3)
     assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------- run again, killed, at the same time
-
-
-def test_a_finished_part_is_read_and_not_written_again(src: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    part(src, out, 1, 3)
-    folder = out / ".train.parts/part-1-of-3"
-    before = [os.stat(path) for path in (folder, *sorted(folder.iterdir()))]
-    part(src, out, 1, 3)
-    assert [(state.st_ino, state.st_mtime_ns) for state in before] == [
-        (state.st_ino, state.st_mtime_ns) for state in (os.stat(path) for path in (folder, *sorted(folder.iterdir())))
-    ]
-    whole = tree(folder)
-    flip(folder / "shard-00004.tar", 600)
-    part(src, out, 1, 3)
-    assert tree(folder) == whole
-
-
-def test_a_part_run_again_after_the_merge_changes_nothing(src: Path, tmp_path: Path) -> None:
-    """Its node was lost after it had finished; Slurm requeues it when the others are long done."""
-    out = tmp_path / "out"
-    for number in range(2):
-        part(src, out, number, 2)
-    shutil.copytree(out / ".train.parts", tmp_path / "copy")
-    index = merge(src, out, 2)
-    before = {path.name: os.stat(path).st_mtime_ns for path in (out / "train").iterdir()}
-    (tmp_path / "copy").rename(out / ".train.parts")  # as after a kill between publishing and tidying up
-    assert part(src, out, 0, 2, merge=True) == index
-    assert merge(src, out, 2) == index
-    assert part(src, out, 1, 2) == index
-    assert {path.name: os.stat(path).st_mtime_ns for path in (out / "train").iterdir()} == before
-    assert os.listdir(out) == ["train"]
-
-
-def test_other_shards_in_the_place_are_left_alone(src: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    before = one_piece(src, out)
-    with pytest.raises(UserError, match="not of this listing and these settings: choose another OUT or remove them"):
-        convert_part("imagenet", src, out, "train", Part(0, 2), samples_per_shard=4, progress=False)
-    (src / "train/n01/n01_3.jpeg").rename(src / "train/n01/n01_99.jpeg")
-    with pytest.raises(UserError, match="not of this listing"):
-        part(src, out, 0, 2)
-    with pytest.raises(UserError, match="not of this listing"):
-        merge(src, out, 2)
-    assert contents(out / "train") == before and os.listdir(out) == ["train"]
-
-
-@pytest.mark.parametrize(
-    ("function", "call", "error", "message"),
-    [
-        ("_link", 5, KeyboardInterrupt("stop"), "stop"),
-        ("write_file", 1, OSError(28, "No space left on device", "index.json"), "cannot write .*/train: No space left on dev"),
-    ],
-)
-def test_a_merge_that_ends_early_leaves_the_parts(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, error: BaseException, message: str
-) -> None:
-    out = tmp_path / "out"
-    for number in range(2):
-        part(src, out, number, 2)
-    before, calls, real = tree(out), [], getattr(parts, function)
-
-    def failing(*arguments: object) -> None:
-        calls.append(arguments)
-        if len(calls) == call:
-            raise error
-        real(*arguments)
-
-    monkeypatch.setattr(parts, function, failing)
-    with pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else UserError, match=message):
-        merge(src, out, 2)
-    assert tree(out) == before
-    monkeypatch.undo()
-    (out / ".train.parts/merge-of-a-killed-one").mkdir()
-    merge(src, out, 2)
-    assert contents(out / "train") == one_piece(src, tmp_path / "one")
-    assert os.listdir(out) == ["train"]
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_parts_and_merges_at_the_same_time(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    """All parts at once, each twice where locks keep the two apart, then merges at once: one set of shards, none in pieces."""
-
-    def no_locks(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    if not locks:
-        monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(parts, "WAIT_SECONDS", 0.02)
-    expected = one_piece(src, tmp_path / "one")
-    for attempt in range(3):
-        out = tmp_path / f"out{attempt}"
-        with ThreadPoolExecutor(8) as threads:
-            numbers = [number for number in range(3) for _ in range(2 if locks else 1)]
-            written = [threads.submit(part, src, out, number, 3, merge=locks) for number in numbers]
-            found = [future.result(timeout=60) for future in written]
-        with ThreadPoolExecutor(4) as threads:
-            merged = [threads.submit(merge, src, out, 3) for _ in range(4)]
-            index = merged[0].result(timeout=60)
-            assert all(future.result(timeout=60) == index for future in merged)
-        assert all(result in (None, index) for result in found)
-        assert contents(out / "train") == expected
-        assert os.listdir(out) == ["train"]
-
-
-def test_without_hard_links_the_bytes_are_copied(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    for number in range(2):
-        part(src, tmp_path / "out", number, 2, merge=True)
-    assert contents(tmp_path / "out/train") == one_piece(src, tmp_path / "one")
-
-
-PART = """
-import sys
-from pathlib import Path
-from modsquad_ds.data.part_job import Part
-from modsquad_ds.data.parts import convert_part
-
-convert_part("imagenet", Path(sys.argv[1]), Path(sys.argv[2]), "train", Part(1, 2), samples_per_shard=3)
-"""
-
-
-def test_kill_9_in_a_part_while_another_run_of_it_waits(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The part hangs in its last file. A second run of it waits; when the first is killed, it starts anew and merges."""
-    monkeypatch.setattr(parts, "WAIT_SECONDS", 0.02)
-    expected, out = one_piece(src, tmp_path / "one"), tmp_path / "out"
-    assert part(src, out, 0, 2, merge=True) is None
-    row = json.loads(expected["shard-00005.index.json"])[-1]  # tars 1, 3 and 5 are part 1's
-    stuck = next((src / "train").glob(row["key"] + ".*"))
-    picture = stuck.read_bytes()
-    stuck.unlink()
-    os.mkfifo(stuck)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    killed = subprocess.Popen([sys.executable, "-c", PART, src, out], env=environment)
-    stage = out / ".train.parts/.part-1-of-2.partial"
-    wait_for(lambda: len(list(stage.glob("*.index.json"))) == 2 and writers(out))
-    stuck.unlink()  # whoever has it open waits for ever
-    stuck.write_bytes(picture)
-    with ThreadPoolExecutor(1) as thread:
-        options = {"samples_per_shard": PER_SHARD, "merge": True}
-        second = thread.submit(convert_part, "imagenet", src, out, "train", Part(1, 2), **options)
-        said = ""
-        while "part 1/2: another process is writing it, waiting\n" not in said:
-            assert not second.done()
-            said += capsys.readouterr().out
-        assert killed.poll() is None
-        with pytest.raises(UserError, match=r"^1 of 2 parts .*\n  part 1/2 is missing: "):
-            merge(src, out, 2)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        assert second.result(timeout=60) is not None
-    assert f"part 1/2: 9 samples in 3 shards in {out}/.train.parts/part-1-of-2" in capsys.readouterr().out
-    assert contents(out / "train") == expected
-    assert os.listdir(out) == ["train"]

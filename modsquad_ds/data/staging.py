@@ -36,7 +36,8 @@ def staged_folder(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock, final)
     except OSError as error:
-        raise UserError(f"cannot make the folder {stage}: {error.strerror}") from error
+        place = error.filename if error.filename != str(lock) else stage
+        raise UserError(f"cannot make the folder {place}: {error.strerror}") from error
     try:
         for remains in (stage, replaced):
             shutil.rmtree(remains, ignore_errors=True)
