@@ -104,12 +104,12 @@ def test_bad_samples_refuse_and_a_mended_part_is_written_anew(spoiled: Path, tmp
     with pytest.raises(UserError) as refused:
         part(spoiled, out, 0, 3)
     lines = str(refused.value).splitlines()
-    assert lines[0] == f"3 bad samples in part 0/3 of {spoiled} (imagenet, split train):"  # what the listing ruled out
+    assert lines[0] == f"3 bad and 8 good samples in part 0/3 of {spoiled} (imagenet, split train):"  # what the listing ruled out
     assert [line.split(":")[0] for line in lines[1:4]] == [
         r"  train/n01/\udcff.jpg", "  train/n01/a.b.jpg", "  train/n02/x.tiff",
     ]  # fmt: skip
     assert lines[4].endswith("--samples-per-shard 3 --part 0/3), or give --skip-bad")
-    with pytest.raises(UserError, match=r"^3 bad samples in part 1/3(.*\n)+.*does not decode"):
+    with pytest.raises(UserError, match=r"^3 bad and 3 good samples in part 1/3(.*\n)+.*does not decode"):
         part(spoiled, out, 1, 3)
     # The last part has no bad samples of its own: it waits for the others to be run again.
     assert part(spoiled, out, 2, 3, merge=True) is None

@@ -70,7 +70,8 @@ def convert_part(
     bad = [BadSample(one.file, one.reason) for one in record.bad]
     if bad and not skip_bad:
         again = f"mend them and run this part again ({job.command(part.number)}), or give --skip-bad"
-        title = f"{len(bad)} bad samples in part {part} of {job.source.root} ({layout}, split {split})"
+        good = sum(entry.samples for entry in record.shards)
+        title = f"{len(bad)} bad and {good} good samples in part {part} of {job.source.root} ({layout}, split {split})"
         raise UserError(f"{convert.listing(title, [str(one) for one in bad])}\n{again}")
     if not merge:
         return None
