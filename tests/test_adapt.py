@@ -1,16 +1,14 @@
 """Fine-tuning from a model file, end to end: what a run leaves, what pruning takes away, that old tasks stay as they were."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import run_command
 from modsquad_ds.config import load_recipe, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.expand import expand
@@ -56,9 +54,7 @@ def recipe_file(folder: Path, model: Path, **changes: Any) -> Path:
 
 def trained(recipe: Path, *overrides: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the train command, in a process of its own."""
-    command = [sys.executable, "-m", "modsquad_ds", "train", str(recipe), *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=recipe.parent, env=environment, capture_output=True, text=True, timeout=240)
+    found = run_command("train", str(recipe), *overrides, cwd=recipe.parent)
     return found.returncode, found.stdout, found.stderr
 
 

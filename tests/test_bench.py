@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from commands import run_command
 from modsquad_ds.bench import comm, step
 from modsquad_ds.bench.jobs import TAIL, JobError, last_lines, run_job
 from modsquad_ds.bench.layer import DENSE, EXPERTS, SHARES, TOP_K, choices, layer_cases, sparse_layer, task_segments
@@ -94,9 +93,7 @@ def test_last_lines_of_a_job_leave_native_frames_out() -> None:
 def test_a_users_mistake_is_one_line_before_anything_is_measured(arguments: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "modsquad_ds", "bench", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    found = run_command("bench", *arguments, cwd=tmp_path)
     assert found.returncode == 2
     assert found.stderr.strip().startswith(told) and len(found.stderr.strip().splitlines()) == 1
 
