@@ -30,6 +30,7 @@ from torch import Tensor
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sha256_of, sync, write_json
 from modsquad_ds.objective import Usage
+from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.collectives import broadcast_json, gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
@@ -194,6 +195,7 @@ def _faults(folder: Path, ranks: Ranks) -> list[str]:
 
 
 def _fault(path: Path, expected: Written) -> list[str]:
+    watchdog.tell()
     try:
         size = path.stat().st_size
         if size != expected.bytes:
@@ -259,6 +261,7 @@ class _Reader:
 
     def full(self, name: str, kind: str) -> Tensor:
         """One full tensor, flattened, fp32. Raises UserError where pieces are missing."""
+        watchdog.tell()
         size = 1
         for n in self.shapes[name]:
             size *= n

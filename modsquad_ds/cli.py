@@ -12,6 +12,7 @@ import typer
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
 from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
+from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
 
 app = typer.Typer(
@@ -198,8 +199,9 @@ def free_port() -> None:
 def main() -> None:
     """Run the command line; the exit code is 2 for a user's mistake, 75 for training that a signal ended early.
 
-    A rank that fails leaves at once, without waiting for others: the launcher then ends the job. Other ranks than the first
-    wait a moment before they speak, so that a mistake that all of them meet is told once.
+    A rank that fails does not wait for others: it says why, tells the watchdog of the others, and leaves, which ends the job.
+    Other ranks than the first wait a moment before they speak, so that a mistake that all of them meet is told once. What is no
+    user's mistake may be another rank's doing (a connection that broke): then the watchdog names that rank in place of a trace.
     """
     try:
         app()
@@ -214,6 +216,7 @@ def main() -> None:
         ranks = _ranks()
         if ranks.world == 1:
             raise
+        watchdog.suspect()
         _leave(1, traceback.format_exc(), ranks)
 
 
@@ -236,4 +239,5 @@ def _end(code: int, ranks: Ranks) -> None:
     if ranks.world == 1:
         sys.exit(code)
     sys.stdout.flush()
+    watchdog.leave(code)
     os._exit(code)

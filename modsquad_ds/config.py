@@ -115,8 +115,18 @@ class ParallelSpec(Strict):
     expect_world_size: int | None = Field(None, gt=0)
     """Ranks that training is meant to have; with any other number it is refused. slurm/train.sbatch sets it: some launchers start
     fewer than they were asked for and say nothing."""
-    timeout_minutes: float = Field(10.0, gt=0)
-    """A collective that takes longer ends the job."""
+    collective_timeout: float = Field(600.0, ge=2)
+    """Seconds in which some rank has to get on (a step, a file saved): after that the job ends, and the rank that the others wait
+    for is named. So is a rank that is gone, after this time or a minute, whichever is less."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_seconds(cls, given: Any) -> Any:
+        """Model files and checkpoints from before the limit was in seconds."""
+        if isinstance(given, Mapping) and "timeout_minutes" in given:
+            rest = {key: value for key, value in given.items() if key != "timeout_minutes"}
+            return {"collective_timeout": 60.0 * given["timeout_minutes"], **rest}
+        return given
 
 
 class LogSpec(Strict):

@@ -24,7 +24,7 @@ from modsquad_ds.files import write_json
 from modsquad_ds.metrics import METRICS
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model_file import ModelFile, network_of, read_model
-from modsquad_ds.parallel import launch
+from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.tasks import KINDS
@@ -50,7 +50,7 @@ def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> 
     """
     path = model_path(run_or_model)
     model = read_model(path)
-    ranks = launch.start(model.recipe.parallel.timeout_minutes)
+    ranks = launch.start(model.recipe.parallel.collective_timeout)
     recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
     plan = loader_plan(recipe, ranks)
     check_split(plan, split)
@@ -105,6 +105,7 @@ def split_batches(
     quiet = quiet or plan.rank != 0 or not Console().is_terminal
     shown = track(batches, description=f"{task} {split}", total=total, disable=quiet, transient=True)
     for i, sub in enumerate(shown):
+        watchdog.tell()
         if i == total:
             return
         yield sub

@@ -18,7 +18,7 @@ from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import Stopped, UserError
 from modsquad_ds.files import make_folder, write_json
 from modsquad_ds.model_file import ModelFile, write_model
-from modsquad_ds.parallel import launch
+from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.frozen import overlaid
 from modsquad_ds.parallel.state import gather_network
 from modsquad_ds.plan import loader_plan
@@ -50,7 +50,7 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, stop: StopSignal) -> None:
-    ranks = launch.start(recipe.parallel.timeout_minutes)
+    ranks = launch.start(recipe.parallel.collective_timeout)
     if ranks.first:
         checkpoint.clear_remains(recipe.run)
     found = find(recipe, ranks)
@@ -71,6 +71,7 @@ def _train(recipe: Recipe, stop: StopSignal) -> None:
     saver = Saver(recipe.run, recipe_to_tree(recipe), ranks, recipe.train.keep_checkpoints)
     with RunLog(recipe.run, recipe.name, recipe.log, start, recipe.train.steps) if ranks.first else nullcontext() as log:
         trainer, done, early = loop(trainer, plan, start, saver, stop, log)
+        watchdog.tell(done, "saving")
         last = saver.settle()
     if early:
         launch.stop()
@@ -114,6 +115,7 @@ def loop(
         # Before pruning too: where the rule leaves too little, another one can go on from here.
         wanted = due(done, spec.checkpoint_every, spec.steps) or (prune is not None and done == prune.at_step)
         if wanted or agreed.due or agreed.stop:
+            watchdog.tell(done, "saving")
             saver.begin(trainer.state, Progress(done, trainer.usage, trainer.chosen, trainer.origin), images)
             clock = saved = time.monotonic()
         if agreed.stop:
@@ -133,6 +135,7 @@ def stopped(done: int, steps: int, last: Path | None) -> Exception:
 
 def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
     """Write RUN/model.safetensors on rank 0, with averaged weights if the recipe keeps them and frozen bytes as they were."""
+    watchdog.tell(trainer.recipe.train.steps, "finishing")
     state = gather_network(trainer.network, trainer.average)
     if trainer.ranks.first:
         if trainer.start is not None and trainer.trainable is not None:

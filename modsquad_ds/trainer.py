@@ -19,7 +19,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.model.heads import check_norm
 from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput
 from modsquad_ds.objective import Objective, Report, Usage, flatten, no_usage, unflatten, updated_usage
-from modsquad_ds.parallel import launch
+from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.collectives import broadcast_json, sum_over_ranks
 from modsquad_ds.parallel.engine import build_engine, in_bf16, read_deepspeed_config
 from modsquad_ds.parallel.frozen import overlaid
@@ -142,7 +142,9 @@ def train_step(trainer: Trainer, micro_batches: Iterator[Batch], step: int) -> t
     work, reports = Work(0, 0, 0.0), []
     for micro in range(spec.accumulation):
         began = time.monotonic()
+        watchdog.tell(step + 1, "loading data")
         batch = next(micro_batches)
+        watchdog.tell(step + 1, "computing")
         work = _more(work, batch, trainer.recipe.model.shape.patch, time.monotonic() - began)
         torch.manual_seed(derive_seed("step", trainer.recipe.seed, step, micro, trainer.ranks.rank))
         reports.append(forward_backward(trainer, batch))

@@ -275,7 +275,7 @@ def _stored(model: ModelFile, path: Path, data: Path | None) -> tuple[Usage, ...
 
 
 def _measured(model: ModelFile, path: Path, data: Path | None, split: str, out: Path) -> tuple[Usage, ...]:
-    ranks = launch.start(model.recipe.parallel.timeout_minutes)
+    ranks = launch.start(model.recipe.parallel.collective_timeout)
     recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
     plan = loader_plan(recipe, ranks)
     for task in recipe.active:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from modsquad_ds.config import ParallelSpec
 from modsquad_ds.errors import UserError
 from modsquad_ds.model.sparse import SparseMLP
-from modsquad_ds.parallel import launch
+from modsquad_ds.parallel import engine, experts, launch
 from modsquad_ds.parallel.engine import complete_config, read_deepspeed_config
 from modsquad_ds.parallel.experts import check_parallel
 from modsquad_ds.trainer import build_trainer
@@ -75,8 +76,10 @@ def test_group_sizes_divide_the_ranks() -> None:
 
 def waiting(rank: int, world: int) -> list[float]:
     """Seconds until rank 0 gives up waiting for rank 1: among the experts' ranks, then among those that share gradients."""
-    ranks = launch.start(timeout_minutes=1.0)
-    trainer = build_trainer(small_recipe(**{"parallel.ep_size": 2, "parallel.timeout_minutes": 0.03}), ranks)
+    ranks = launch.start(collective_timeout=60)
+    for module in (engine, experts):
+        module.group_timeout = lambda seconds: timedelta(seconds=seconds)  # type: ignore[attr-defined]
+    trainer = build_trainer(small_recipe(**{"parallel.ep_size": 2, "parallel.collective_timeout": 2}), ranks)
     (layer, *_) = [x for x in trainer.network.backbone.sparse_layers().values() if isinstance(x, SparseMLP)]
     waited = []
     for group in (layer.dispatcher.group, trainer.engine.optimizer.real_dp_process_group[0]):

@@ -85,7 +85,7 @@ def start_alone(rank: int, world: int) -> list[Any]:
     """Start as if no launcher had been there; both processes of the test do so at the same time."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS):
         del os.environ[name]
-    ranks = launch.start(timeout_minutes=1.0)
+    ranks = launch.start(collective_timeout=60)
     total = sum_over_ranks([torch.tensor(3.0)])[0].item()
     stated = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
     return [ranks, world_size(), total, stated, int(os.environ["MASTER_PORT"]), str(launch.device())]
@@ -204,7 +204,7 @@ def spread(rank: int, scenario: str) -> Result:
 
 
 def two_ranks(rank: int, world: int) -> tuple[Reduced, dict[str, Result]]:
-    ranks = launch.start(timeout_minutes=1.0)
+    ranks = launch.start(collective_timeout=60)
     assert ranks == Ranks(rank, world, rank)
     return collectives(rank), {scenario: spread(rank, scenario) for scenario in SCENARIOS}
 

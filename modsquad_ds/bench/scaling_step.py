@@ -57,7 +57,7 @@ def measure(tree: dict[str, Any], ranks: int, steps: int, trained: str | None) -
     needed = rounds * len(CASES)
     tree["train"]["steps"] = max(needed, tree["train"]["steps"])
     recipe = recipe_from_tree(tree, "of the benchmark")
-    here = launch.start(recipe.parallel.timeout_minutes)
+    here = launch.start(recipe.parallel.collective_timeout)
     if here.world != ranks:
         raise UserError(f"bench scaling: started on {here.world} rank(s), expected {ranks}; look at the launcher's settings")
     plan = loader_plan(recipe, here)

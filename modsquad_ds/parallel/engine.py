@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
@@ -18,6 +17,7 @@ from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.parallel.experts import spread_experts
 from modsquad_ds.parallel.frozen import freeze
 from modsquad_ds.parallel.lamb import Lamb, attach_zero
+from modsquad_ds.parallel.launch import group_timeout, limit_group
 from modsquad_ds.parallel.optimizer import build_optimizer
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.trainable import Trainable
@@ -96,11 +96,9 @@ def complete_config(config: dict[str, Any], recipe: Recipe, world: int) -> dict[
 def limit_groups(timeout: timedelta) -> None:
     """Give the groups that DeepSpeed made the job's time limit; it makes them with torch's defaults of 10 to 30 minutes."""
     made = (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict())
-    # torch before its public name for this has only the private one.
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in (groups._WORLD_GROUP, *(group for by_name in made for group in by_name.values())):
         if group is not None:
-            set_timeout(timeout, group)
+            limit_group(group, timeout)
 
 
 def build_engine(
@@ -120,7 +118,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=optimizer, config=config, dist_init_required=False
     )
-    limit_groups(timedelta(minutes=recipe.parallel.timeout_minutes))
+    limit_groups(group_timeout(recipe.parallel.collective_timeout))
     if zero_stage(config) and not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         raise UserError(
             f"deepspeed_config {recipe.deepspeed_config}: DeepSpeed chose {type(engine.optimizer).__name__}, which cannot be "

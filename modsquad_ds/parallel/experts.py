@@ -6,7 +6,6 @@ parameters marked with a group inside that group. So each spread layer gets a pa
 group: DeepSpeed's own checkpoints, which need other names and cannot change the group's size, are not used (checkpoint.py).
 """
 
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from modsquad_ds.model.sparse import SparseLayer, SparseMLP
 from modsquad_ds.model.vit import SparseViT
 from modsquad_ds.parallel.capacity import AllToAllCapacityDispatcher
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
+from modsquad_ds.parallel.launch import group_timeout
 from modsquad_ds.parallel.ranks import Ranks
 
 
@@ -95,7 +95,7 @@ def spread_experts(backbone: SparseViT, spec: ParallelSpec, ranks: Ranks, learn:
 def group_of_size(ep_size: int, spec: ParallelSpec, ranks: Ranks) -> dist.ProcessGroup:
     """This rank's group of `ep_size` consecutive ranks. Every rank calls it."""
     members = [list(range(first, first + ep_size)) for first in range(0, ranks.world, ep_size)]
-    own, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(minutes=spec.timeout_minutes))
+    own, _ = dist.new_subgroups_by_enumeration(members, timeout=group_timeout(spec.collective_timeout))
     assert isinstance(own, dist.ProcessGroup)
     return own
 
