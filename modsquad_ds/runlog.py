@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,8 @@ class RunLog:
     """Use as a context manager; `record` takes one flat JSON-able mapping with a `step`."""
 
     def __init__(self, run: Path, name: str, spec: LogSpec, start: int, steps: int) -> None:
-        self.path = run / "metrics.jsonl"
+        self.metrics = Metrics(run / "metrics.jsonl", start)
         self.steps = steps
-        forget_after(self.path, start)
-        self.file = self.path.open("a")
         self.console = Console()
         self.bar = Progress(
             TextColumn("[bold]train"),
@@ -49,7 +48,7 @@ class RunLog:
         )
         self.row = self.bar.add_task("train", total=steps, completed=start, text="")
         self.began, self.start, self.said = time.monotonic(), start, 0.0
-        self.wandb = _start_wandb(run, name, spec)
+        self.wandb = _start_wandb(run, name, spec, start)
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -57,7 +56,7 @@ class RunLog:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
-        self.file.close()
+        self.metrics.close()
         # A rank that fails has to leave at once: other ranks wait for it. What was logged is with wandb's own process.
         if self.wandb is not None and failure is None:
             self._to_wandb(self.wandb.finish)
@@ -65,8 +64,7 @@ class RunLog:
     def record(self, values: dict[str, Any]) -> None:
         """Append a record; NaN becomes null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        self.metrics.add(clean)
         if self.wandb is not None:
             self._to_wandb(self.wandb.log, {k: v for k, v in clean.items() if v is not None}, step=clean["step"])
         self._show(clean)
@@ -76,7 +74,7 @@ class RunLog:
         try:
             call(*values, **settings)
         except Exception as error:
-            print(f"wandb: failed ({error}); going on without it, {self.path} has every record", flush=True)
+            _say(f"wandb: failed ({error}); going on without it, {self.metrics.path} has every record")
             self.wandb = None
 
     def advance(self, step: int) -> None:
@@ -93,7 +91,53 @@ class RunLog:
         if not self.console.is_terminal and (now - self.said > LINE_SECONDS or done == self.steps):
             self.said = now
             left = (now - self.began) / max(1, done - self.start) * (self.steps - done)
-            self.console.print(f"step {done}/{self.steps}  {text}  {_clock(left)} left", soft_wrap=True)
+            _say(f"step {done}/{self.steps}  {text}  {_clock(left)} left")
+
+
+class Metrics:
+    """The file of records. Where it cannot be written, training goes on and the records wait in memory for a later try.
+
+    It is opened anew for every record: a network file system that came back does not know the file that was open before.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        try:
+            forget_after(path, start)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give another folder (run=...)") from None
+        self.waiting: list[bytes] = []
+        self.whole: int | None = None
+        """Size of the file up to its last whole record; None while no write failed, when that is all of it."""
+
+    def add(self, record: Record) -> None:
+        """Append a record, and before it those that still wait. A failure is told once, and so is its end."""
+        failing = bool(self.waiting)
+        self.waiting.append((json.dumps(record) + "\n").encode())
+        try:
+            self._write(b"".join(self.waiting))
+        except OSError as error:
+            if not failing:
+                _say(f"{self.path}: cannot be written ({error.strerror}); records wait in memory, training goes on")
+            return
+        if failing:
+            _say(f"{self.path}: can be written again, with the {len(self.waiting) - 1} records that waited")
+        self.waiting.clear()
+
+    def _write(self, data: bytes) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if self.whole is not None and end > self.whole:
+                end = file.truncate(self.whole)  # part of a record that the disk had no more room for
+            self.whole = end
+            while data:
+                data = data[file.write(data) :]
+            self.whole = None
+
+    def close(self) -> None:
+        """Say what is lost, if anything."""
+        if self.waiting:
+            _say(f"{self.path}: could not be written to the end; the last {len(self.waiting)} records are lost")
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -137,8 +181,18 @@ def wandb_mode(spec: LogSpec) -> Literal["online", "offline", "disabled"]:
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
-def _start_wandb(run: Path, name: str, spec: LogSpec) -> Any:
-    """A wandb run, or None. Offline unless a key is there, because without one wandb asks or waits for the network."""
+def wandb_id(path: Path, start: int) -> str:
+    """The id of a run's curve at wandb, kept in a file: a run that goes on from step `start` adds to its curve."""
+    if start == 0 or not path.is_file():
+        write_atomic(path, (secrets.token_hex(4) + "\n").encode())
+    return path.read_text().strip()
+
+
+def _start_wandb(run: Path, name: str, spec: LogSpec, start: int) -> Any:
+    """A wandb run, or None. Offline unless a key is there, because without one wandb asks or waits for the network.
+
+    Steps that were logged after the checkpoint which a run goes on from are at wandb already: it ignores what comes twice.
+    """
     mode = wandb_mode(spec)
     if mode == "disabled":
         return None
@@ -147,17 +201,28 @@ def _start_wandb(run: Path, name: str, spec: LogSpec) -> Any:
     settings = wandb.Settings(
         silent=True, console="off", init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS
     )
-    begin = partial(wandb.init, project=spec.wandb_project, name=name, dir=run, settings=settings)
+
+    def begin(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=spec.wandb_project, name=name, dir=run, settings=settings, mode=mode,
+            id=wandb_id(run / "wandb_id", start), resume="allow",
+        )  # fmt: skip
+
     if mode == "online":
         try:
-            return begin(mode=mode)
-        except wandb.errors.Error as error:
-            print(f"wandb: not online ({error}); `wandb sync {run}/wandb/offline-*` uploads the records later", flush=True)
+            return begin("online")
+        except (wandb.errors.Error, OSError) as error:
+            _say(f"wandb: not online ({error}); `wandb sync {run}/wandb/offline-*` uploads the records later")
     try:
-        return begin(mode="offline")
+        return begin("offline")
     except (wandb.errors.Error, OSError) as error:
-        print(f"wandb: failed ({error}); going on without it, {run}/metrics.jsonl has every record", flush=True)
+        _say(f"wandb: failed ({error}); going on without it, {run}/metrics.jsonl has every record")
         return None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # standard output lies on the full disk too: nobody can be told
+        print(text, flush=True)
 
 
 def _clock(seconds: float) -> str:

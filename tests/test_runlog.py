@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import resource
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 import wandb
 
 from modsquad_ds.config import LogSpec
+from modsquad_ds.errors import UserError
 from modsquad_ds.runlog import RunLog, _clock, forget_after
 
 QUIET = LogSpec(wandb="disabled")
@@ -79,6 +85,106 @@ def test_forget_after_without_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+@pytest.mark.parametrize(("logged", "start"), [(7, 4), (6, 6), (7, 7), (3, 0), (7, 5)])
+def test_curve_has_neither_gaps_nor_doubles(logged: int, start: int, log_every: int, tmp_path: Path) -> None:
+    """A life of `logged` steps, then one from the checkpoint of step `start` on: the same records as in one life."""
+    for first, last in ((0, logged), (start, 9)):
+        with RunLog(tmp_path, "r", QUIET, first, 9) as log:
+            for step in range(first + 1, last + 1):
+                if step % log_every == 0:
+                    log.record(record_of(step))
+    assert lines(tmp_path / "metrics.jsonl") == [record_of(s) for s in range(log_every, 10, log_every)]
+
+
+# ---------------------------------------------------------------- a disk that fails
+
+
+def test_records_wait_for_a_full_disk_to_have_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes nothing, as a full disk does."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with RunLog(tmp_path, "r", QUIET, 0, 9) as log:
+        for step in (1, 2, 3):
+            log.record(record_of(step))
+        path.unlink()
+        log.record(record_of(4))
+        assert lines(path) == [record_of(s) for s in (1, 2, 3, 4)]
+        log.record(record_of(5))
+    assert [r["step"] for r in lines(path)] == [1, 2, 3, 4, 5]
+    said = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+    assert said == [
+        f"{path}: cannot be written (No space left on device); records wait in memory, training goes on",
+        f"{path}: can be written again, with the 3 records that waited",
+    ]
+
+
+def test_half_a_record_is_taken_back(tmp_path: Path) -> None:
+    """The disk has room for some bytes of a record, and later for all."""
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path, "r", QUIET, 0, 9) as log:
+        log.record(record_of(1))
+        size = path.stat().st_size
+        with resource_limit(size + 10):
+            log.record(record_of(2))
+            assert path.stat().st_size == size + 10
+            log.record(record_of(3))
+            assert path.stat().st_size == size + 10
+        log.record(record_of(4))
+    assert [r["step"] for r in lines(path)] == [1, 2, 3, 4]
+
+
+@contextmanager
+def resource_limit(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_folder_that_vanished_and_came_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunLog(run, "r", QUIET, 0, 9) as log:
+        log.record(record_of(1))
+        run.rename(tmp_path / "elsewhere")
+        log.record(record_of(2))
+        (tmp_path / "elsewhere").rename(run)
+        log.record(record_of(3))
+        assert [r["step"] for r in lines(run / "metrics.jsonl")] == [1, 2, 3]
+        run.rename(tmp_path / "elsewhere")
+        log.record(record_of(4))
+    said = capsys.readouterr().out
+    assert said.count("cannot be written (No such file or directory)") == 2
+    assert f"{run / 'metrics.jsonl'}: could not be written to the end; the last 1 records are lost" in said
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record_of(s)) + "\n" for s in range(1, 9)))
+    before = path.read_bytes()
+    with resource_limit(100), pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(File too large\); make room"):
+        RunLog(tmp_path, "r", QUIET, 7, 9)
+    assert path.read_bytes() == before
+
+
+def test_output_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with RunLog(tmp_path, "r", QUIET, 0, 1) as log:
+            log.record(record_of(1))
+            log.advance(1)
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it closes
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
 # ---------------------------------------------------------------- the terminal
 
 
@@ -125,6 +231,28 @@ def test_wandb_mode(
     assert [(s["mode"], s["name"], s["project"], s["dir"]) for s in started] == (
         [(mode, "mine", "squad", tmp_path)] if mode else []
     )
+
+
+def test_a_resumed_run_adds_to_its_curve_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
+    for start in (0, 3, 5, 0, 2):
+        with RunLog(tmp_path, "mine", LogSpec(wandb="offline"), start, 9):
+            pass
+    first, again, third, anew, last = (s["id"] for s in started)
+    assert first == again == third and anew == last != first, "a run from step 0 is another one"
+    assert all(s["resume"] == "allow" for s in started)
+    assert (tmp_path / "wandb_id").read_text() == f"{last}\n" and len(last) == 8
+
+
+def test_wandb_without_a_place_for_its_id_costs_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wandb_id").mkdir()
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("started without an id"))
+    with RunLog(tmp_path, "mine", LogSpec(wandb="online"), 0, 1) as log:
+        log.record(record_of(1))
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1 and "wandb: failed (" in capsys.readouterr().out
 
 
 class Broken:
@@ -207,6 +335,7 @@ def test_wandb_without_a_key_writes_files_and_asks_no_server(tmp_path: Path, mon
         with pytest.raises(BlockingIOError):
             server.accept()
     (offline,) = (path for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-") and not path.is_symlink())
+    assert offline.name.endswith(f"-{(run / 'wandb_id').read_text().strip()}")
     (data,) = offline.glob("*.wandb")
     content = data.read_bytes()
     assert b"loss/digits" in content and b"images_per_s" in content and b"NaN" not in content

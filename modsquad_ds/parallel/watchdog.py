@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch.distributed as dist
 
@@ -253,12 +253,12 @@ class _Watchdog:
             self.met.set()
             self.said.set()
 
-    def _publish(self, store: dist.Store, own: Beat) -> None:
+    def _publish(self, store: Any, own: Beat) -> None:
         store.set(self.keys[self.ranks.rank], json.dumps(own))
         if self.ranks.first:
             store.set(self.told_key, json.dumps([own, self.told]))
 
-    def _exchange(self, store: dist.Store) -> None:
+    def _exchange(self, store: Any) -> None:
         own = self._beat(self.beats[self.ranks.rank].number + 1)
         self._publish(store, own)
         if self.ranks.first:
