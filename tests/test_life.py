@@ -3,12 +3,15 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +141,50 @@ def test_one_rank_that_fails_ends_the_job(launcher: str, data: Path, tmp_path: P
 
 def as_srun_would(arguments: list[str]) -> tuple[int, str]:
     """Two processes that know each other by Slurm's variables; exit code and errors of rank 1, which must end by itself."""
+    with srun_jobs(arguments) as jobs:
+        _, text = jobs[1].communicate(timeout=200)
+    return jobs[1].returncode, text
+
+
+@contextmanager
+def srun_jobs(arguments: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks, each on a node of its own, as far as they know. What they say on stderr has to be read from them."""
     port = str(free_port())
     jobs = []
     for rank in ("0", "1"):
-        slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": rank}
-        settings = {**environment(), **slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+        settings = {**environment(), **slurm, "SLURMD_NODENAME": f"node{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         program = [sys.executable, "-m", "modsquad_ds", *arguments]
-        output = subprocess.PIPE if rank == "1" else subprocess.DEVNULL
-        jobs.append(subprocess.Popen(program, env=settings, stdout=subprocess.DEVNULL, stderr=output, text=True))
+        jobs.append(subprocess.Popen(program, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     try:
-        _, text = jobs[1].communicate(timeout=200)
+        yield jobs
     finally:
         for job in jobs:
             job.kill()
             job.wait()
-    return jobs[1].returncode, text
+            assert job.stderr is not None
+            job.stderr.close()
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(400)
+def test_a_rank_that_is_killed_is_named_with_its_node_and_step(data: Path, tmp_path: Path) -> None:
+    """Under srun without --kill-on-bad-exit nobody else ends the rest."""
+    run = tmp_path / "run"
+    with srun_jobs([*arguments(run, data), "train.steps=9999", "train.checkpoint_every=9999"]) as jobs:
+        deadline = time.monotonic() + 200
+        while not (run / "metrics.jsonl").is_file() or len(curve(run)) < 3:
+            assert jobs[0].poll() is None and time.monotonic() < deadline, "the job ended or stalled before it could be hurt"
+            time.sleep(0.05)
+        jobs[1].kill()
+        _, text = jobs[0].communicate(timeout=60)
+    last = curve(run)[-1][0]
+    assert jobs[0].returncode == 1
+    (line,) = (line for line in text.splitlines() if "error: " in line)
+    named = r"rank 0: error: rank 1 on node1 \(step (\d+), \w+( data)?, at modsquad_ds\.\S+ \w+\): no sign of life"
+    found = re.match(named, line)
+    assert found and last - 5 <= int(found[1]) <= last + 1, (line, last)
+    assert "Traceback" not in text
 
 
 @pytest.mark.dist

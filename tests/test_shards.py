@@ -1,5 +1,6 @@
 """Shards: plain webdataset reads them, pread gives the same bytes, and damage is named with shard and key."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -199,6 +200,19 @@ def test_shard_removed_after_opening(folder: Path) -> None:
     (folder / "shard-00002.tar").unlink()
     with pytest.raises(UserError, match=r"shard-00002.tar: cannot be opened \(No such file or directory\)"):
         shards.read(2, 0)
+
+
+def test_shard_whose_file_system_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the restart of a file server."""
+    shards = ShardSet(folder)
+    key = shards.read(1, 0).key
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=rf"shard-00001.tar, key '{key}', field '\w+': cannot be read \(Stale file handle\)"):
+        shards.read(1, 0)
 
 
 def test_longer_shard(folder: Path) -> None:
