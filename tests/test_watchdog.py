@@ -155,7 +155,7 @@ def test_place_of_no_thread() -> None:
 
 JOBS = [
     "killed:1:40", "killed:0:40", "stopped:1:6", "stopped:0:6", "loops:1:6", "refuses:1:40", "refuses:0:40", "all:0:40",
-    "fails:2:40", "leaves:1:40", "ends:0:6",
+    "fails:2:40", "leaves:1:40", "ends:0:6", "paused:0:6",
 ]  # fmt: skip
 AT = "rank {0} on node{0} (step 5, loading data, at ".format
 
@@ -246,6 +246,8 @@ def test_a_rank_that_leaves_early_is_named(jobs: dict[str, Job]) -> None:
 
 @pytest.mark.dist
 @pytest.mark.timeout(300)
-def test_a_job_that_ends_well_says_nothing(jobs: dict[str, Job]) -> None:
-    found = jobs["ends:0:6"]
+@pytest.mark.parametrize("job", ["ends:0:6", "paused:0:6"])
+def test_a_job_that_ends_well_says_nothing(job: str, jobs: dict[str, Job]) -> None:
+    """Also one that was stopped as a whole for longer than its limit, as by a batch system that suspends it."""
+    found = jobs[job]
     assert found.codes == [0, 0, 0] and found.said == ["", "", ""]

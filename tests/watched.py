@@ -9,6 +9,7 @@ codes, and the seconds from the moment at which the culprit went wrong to the en
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ def loop(how: str, culprit: int, timeout: float, mark: Path) -> None:
     for step in range(1, LAST + 1):
         watchdog.tell(step, "loading data")
         if step == STEP:
-            if rank == culprit and how != "all":
+            if rank == culprit and how not in ("all", "paused"):
                 time.sleep(2 * watchdog.BEAT)  # so that a beat says where it was
                 mark.write_text(str(time.monotonic()))
             go_wrong(how, rank == culprit)
@@ -49,6 +50,9 @@ def go_wrong(how: str, culprit: bool) -> None:
     """What happens in step STEP."""
     if how == "all":
         raise UserError("a mistake that all ranks meet")
+    if how == "paused":
+        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
     if not culprit:
         return
     if how == "killed":
