@@ -121,6 +121,13 @@ def test_telling_counts_and_keeps_what_is_left_out() -> None:
     assert watchdog._where == (before.progress + 3, 4, "loading data")
 
 
+def test_the_clock_stands_still_while_its_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((100.0, 100.5, 101.5, 500.0, 500.5))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(moments))
+    clock, since = watchdog._Clock(), watchdog._Since()
+    assert [since(number, clock()) for number in (1, 1, 1, 2)] == [0.0, 1.0, 3.0, 0.0]
+
+
 def test_one_process_is_not_watched() -> None:
     watchdog.start(Ranks(), 2.0)
     assert watchdog._active is None and not [t for t in threading.enumerate() if t.name == "watchdog"]

@@ -184,6 +184,18 @@ def leave(code: int) -> None:
         _active.say(code)
 
 
+class _Clock:
+    """Seconds in which this process ran: a suspended job goes on when it is resumed, as that time is nobody's silence."""
+
+    def __init__(self) -> None:
+        self.ran, self.before = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        self.ran, self.before = self.ran + min(now - self.before, 2 * BEAT), now
+        return self.ran
+
+
 class _Since:
     """Seconds since a number last changed."""
 
@@ -274,12 +286,9 @@ class _Watchdog:
     # ------------------------------------------------------------ the thread that judges
 
     def _judge(self) -> None:
-        awake, before = 0.0, time.monotonic()
+        clock = _Clock()
         while not self.over.wait(BEAT / 2):
-            now = time.monotonic()
-            # Time in which this process was stopped is nobody's silence: a suspended job goes on when it is resumed.
-            awake, before = awake + min(now - before, 2 * BEAT), now
-            found = self._find(awake)
+            found = self._find(clock())
             if found is not None and self.code is None:
                 self._end(found)
 
