@@ -1,6 +1,8 @@
 """Ranks as every launcher states them, the collectives, and experts over two ranks against all experts in one process."""
 
 import os
+import re
+import socket
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +20,7 @@ from modsquad_ds.parallel.collectives import barrier, broadcast_json, gather_jso
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 from modsquad_ds.parallel.launch import device_index
 from modsquad_ds.parallel.ranks import Ranks, ranks_from
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
 # ---------------------------------------------------------------- who am I
 
@@ -97,6 +99,31 @@ def test_single_processes_start_side_by_side_on_free_ports() -> None:
     for found in (first, second):
         assert found[:4] == [Ranks(0, 1, 0), 1, 3.0, ["0", "1", "0", "127.0.0.1"]]
     assert first[4] != second[4]
+
+
+def meeting(rank: int, world: int) -> list[str]:
+    """What rank 0 is told whose rank 1 never comes, then one whose port is taken."""
+    os.environ["WORLD_SIZE"] = "2"
+    told = []
+    for taken in (False, True):
+        with socket.socket() as other:
+            if taken:
+                other.bind(("", int(os.environ["MASTER_PORT"])))
+                other.listen()
+            with pytest.raises(UserError) as caught:
+                launch.start(collective_timeout=2)
+            told.append(str(caught.value))
+        os.environ["MASTER_PORT"] = str(free_port())
+    return told
+
+
+@pytest.mark.dist
+def test_ranks_that_do_not_meet_are_told_where_and_why() -> None:
+    ((lonely, taken),) = run_ranks(1, meeting)
+    where = r"2 ranks did not meet at 127.0.0.1:\d+ \(rank 0 on \S+: "
+    assert re.match(where + "Timed out after .*1/2 clients joined", lonely), lonely
+    assert re.match(where + ".*EADDRINUSE", taken), taken
+    assert all(text.endswith("or an address that not every node knows") and "\n" not in text for text in (lonely, taken))
 
 
 # ---------------------------------------------------------------- collectives
