@@ -123,10 +123,11 @@ class ParallelSpec(Strict):
     @classmethod
     def _in_seconds(cls, given: Any) -> Any:
         """Model files and checkpoints from before the limit was in seconds."""
-        if isinstance(given, Mapping) and "timeout_minutes" in given:
-            rest = {key: value for key, value in given.items() if key != "timeout_minutes"}
-            return {"collective_timeout": 60.0 * given["timeout_minutes"], **rest}
-        return given
+        minutes = given.get("timeout_minutes") if isinstance(given, Mapping) else None
+        if not isinstance(minutes, int | float):
+            return given
+        rest = {key: value for key, value in given.items() if key != "timeout_minutes"}
+        return {"collective_timeout": 60.0 * minutes, **rest}
 
 
 class LogSpec(Strict):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from modsquad_ds.config import RECIPES, Recipe, load_recipe, recipe_file, recipe_from_tree, recipe_to_tree
+from modsquad_ds.config import RECIPES, ParallelSpec, Recipe, load_recipe, recipe_file, recipe_from_tree, recipe_to_tree
 from modsquad_ds.errors import UserError
 from small import small_recipe, small_tree
 
@@ -310,3 +311,10 @@ def test_recipes_cannot_be_changed_in_place() -> None:
 def test_only_keeps_the_order_of_tasks() -> None:
     assert list(small_recipe(only=["textures", "digits"]).active) == ["digits", "textures"]
     assert list(small_recipe().active) == ["digits", "scenes", "textures"]
+
+
+def test_a_limit_in_minutes_from_an_older_file_is_read() -> None:
+    assert ParallelSpec.model_validate({"timeout_minutes": 2.5}).collective_timeout == 150.0
+    assert ParallelSpec().collective_timeout == 600.0
+    with pytest.raises(ValidationError, match="timeout_minutes"):
+        ParallelSpec.model_validate({"timeout_minutes": "soon"})
