@@ -64,7 +64,7 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     run_or_model: Annotated[Path, typer.Argument(help="A run folder or a model file.")],
-    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL with the tasks' shards, in place of the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders and split val only).")] = True,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 def usage(
     model: Annotated[Path, typer.Argument(help="A model file or a run folder.")],
-    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL with the tasks' shards, in place of the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and pictures; default usage/ beside the model file.")] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Read the moving average that training kept; needs no data.")] = False,
@@ -63,7 +63,7 @@ def expand(
     out: Annotated[Path, typer.Option(help="File for the larger model; the recipe that trains it goes beside it (.yaml).")],
     new_mlp_experts: Annotated[int, typer.Option(min=0, help="Experts to add to each sparse MLP.")] = 0,
     new_attention_experts: Annotated[int, typer.Option(min=0, help="Experts to add to each sparse attention layer.")] = 0,
-    data: Annotated[Path | None, typer.Option(help="Folder with the task's shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL with the task's shards, in place of the recipe's data_root.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
 ) -> None:
     """Add a task to a model, and experts that only it sees: what the old tasks compute stays the same, bit for bit.

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
 from modsquad_ds.errors import UserError
+from modsquad_ds.location import DataPlace
 from modsquad_ds.model_spec import ModelSpec
 from modsquad_ds.tasks import CLASSIFICATION, KINDS, Strict, TaskSpec
 
@@ -138,14 +139,31 @@ class LogSpec(Strict):
     wandb_project: str = "modsquad_ds"
 
 
+class CacheSpec(Strict):
+    """Shards that come by URL, kept on this node's disk for all its processes."""
+
+    folder: Path | None = None
+    """On a disk of the node, of one user. None: `$MODSQUAD_SCRATCH/shard-cache`, else `modsquad-shards-UID` in `$TMPDIR` or /tmp.
+    Commands on a model file take the default, since the file may come from another machine."""
+    gigabytes: float = Field(50.0, gt=0)
+    """Bound (10^9 bytes): beyond it the shards go whose last use is longest ago, those that no process has open first."""
+    ahead: int = Field(1, ge=0)
+    """Shuffle windows that are fetched before they are read; 0 fetches what is read alone."""
+    tries: int = Field(6, gt=0)
+    """A file that cannot be had after so many tries, with growing waits between them, ends the job."""
+    stall_seconds: float = Field(30.0, gt=0)
+    """A transfer that brings next to nothing for so long is broken off."""
+
+
 class Recipe(Strict):
     """A whole run."""
 
     name: str
     run: Path
     """Folder of this run's outputs."""
-    data_root: Path = Path()
-    """Folder that relative `data:` paths of tasks start from."""
+    data_root: DataPlace = Path()
+    """Folder or URL that relative `data:` paths of tasks start from."""
+    cache: CacheSpec = CacheSpec()
     seed: int = Field(0, ge=0)
     deepspeed_config: str = "zero2"
     """Name of a file in ds_configs/, or a path to a DeepSpeed JSON."""

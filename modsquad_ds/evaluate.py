@@ -21,9 +21,10 @@ from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
 from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import write_json
+from modsquad_ds.location import Location
 from modsquad_ds.metrics import METRICS
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
-from modsquad_ds.model_file import ModelFile, network_of, read_model
+from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.plan import loader_plan
@@ -41,17 +42,17 @@ def model_path(run_or_model: Path) -> Path:
     return run_or_model / "model.safetensors" if run_or_model.is_dir() else run_or_model
 
 
-def evaluate(run_or_model: Path, data: Path | None = None, split: str = VAL) -> dict[str, Any]:
+def evaluate(run_or_model: Path, data: Location | None = None, split: str = VAL) -> dict[str, Any]:
     """Metrics of a model and of the same network untrained, also written to evaluation.json beside the model file.
 
     Args:
         run_or_model: a run folder, or a model file.
-        data: folder that relative `data:` paths of the tasks start from, in place of the recipe's.
+        data: folder or URL that relative `data:` paths of the tasks start from, in place of the recipe's.
     """
     path = model_path(run_or_model)
     model = read_model(path)
     ranks = launch.start(model.recipe.parallel.collective_timeout)
-    recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
+    recipe = recipe_on(model, data)
     plan = loader_plan(recipe, ranks)
     check_split(plan, split)
     check_classes(model, plan, split)
@@ -149,7 +150,7 @@ def check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
     """Equal numbers of classes under other names would give wrong metrics in silence."""
     for task, names in model.classes.items():
         folder = plan.folder(task, split)
-        found = list(plan.open_store(folder).classes)
+        found = list(plan.store(task, split).classes)
         if found != names:
             first = next(i for i in range(len(names)) if found[i] != names[i])
             raise UserError(

@@ -17,7 +17,8 @@ from modsquad_ds.data.loader import TRAIN, check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path
 from modsquad_ds.files import check_new_file, write_atomic
-from modsquad_ds.model_file import ModelFile, read_model, write_model
+from modsquad_ds.location import Location
+from modsquad_ds.model_file import ModelFile, read_model, recipe_on, write_model
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.structure import PerKind, structure_of
@@ -28,7 +29,7 @@ from modsquad_ds.tasks import TaskSpec
 EXAMPLE = "faces: {kind: classification, data: faces, num_classes: 2, batch_size: 16}"
 
 
-def expand(run_or_model: Path, task: str, new: PerKind, out: Path, data: Path | None = None, overwrite: bool = False) -> None:
+def expand(run_or_model: Path, task: str, new: PerKind, out: Path, data: Location | None = None, overwrite: bool = False) -> None:
     """Add a task, and experts that only it sees, to a model; see `surgery.expand`. Old tasks' outputs stay as they are.
 
     Writes the larger model and, beside it, a recipe that trains the addition alone and leaves all else frozen.
@@ -37,7 +38,7 @@ def expand(run_or_model: Path, task: str, new: PerKind, out: Path, data: Path | 
         run_or_model: a run folder, or a model file.
         task: YAML file, or YAML itself, with the task's entry as a recipe has it under `tasks:`.
         new: experts to add to each sparse layer, by kind.
-        data: folder that the task's relative `data:` path starts from, in place of the recipe's data_root.
+        data: folder or URL that the task's relative `data:` path starts from, in place of the recipe's data_root.
         overwrite: replace results that are there already.
 
     Raises UserError, with nothing written, where the task, its data, the numbers or `out` do not fit.
@@ -49,10 +50,10 @@ def expand(run_or_model: Path, task: str, new: PerKind, out: Path, data: Path | 
     check_new_file(recipe_file, "--out, its recipe", overwrite)
     path = model_path(run_or_model)
     model = read_model(path)
-    root = model.recipe.data_root if data is None else data
+    readable = recipe_on(model, data)
     name, spec = read_task(task, model)
-    larger = grow(model, name, spec, new, classes_of(model.recipe, name, spec, root))
-    recipe = training_recipe(larger.recipe.model_copy(update={"data_root": root}), name, new, out)
+    larger = grow(model, name, spec, new, classes_of(readable, name, spec))
+    recipe = training_recipe(larger.recipe.model_copy(update={"data_root": readable.data_root}), name, new, out)
     write_model(out, larger)
     write_atomic(recipe_file, yaml.safe_dump(recipe_to_tree(recipe), sort_keys=False, allow_unicode=True).encode())
     _tell(model, larger, name, out, recipe_file)
@@ -94,14 +95,14 @@ def _short(text: str) -> str:
     return line if len(line) <= 60 else f"{line[:57]}..."
 
 
-def classes_of(recipe: Recipe, name: str, spec: TaskSpec, root: Path) -> tuple[str, ...]:
+def classes_of(recipe: Recipe, name: str, spec: TaskSpec) -> tuple[str, ...]:
     """Class names of the task's training shards. Raises UserError where shards of either split are missing or do not fit."""
     alone = recipe_to_tree(recipe) | {
-        "tasks": {name: spec.model_dump(mode="json")}, "only": [], "adapt": {}, "init_from": None, "data_root": str(root)
+        "tasks": {name: spec.model_dump(mode="json")}, "only": [], "adapt": {}, "init_from": None
     }  # fmt: skip
     plan = loader_plan(recipe_from_tree(alone, f"of task {name}"), Ranks())
     check_data(plan)
-    return tuple(plan.open_store(plan.folder(name, TRAIN)).classes)
+    return tuple(plan.store(name, TRAIN).classes)
 
 
 def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Recipe:

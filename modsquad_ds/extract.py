@@ -17,8 +17,9 @@ from modsquad_ds.data.loader import VAL, LoaderPlan, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import Results, check_classes, evaluate_network, model_path
 from modsquad_ds.files import check_new_file, write_atomic
+from modsquad_ds.location import Location
 from modsquad_ds.model.network import MultiTaskNetwork
-from modsquad_ds.model_file import ModelFile, network_of, read_model, write_model
+from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on, write_model
 from modsquad_ds.parallel.launch import device
 from modsquad_ds.parallel.ranks import Ranks, ranks_from
 from modsquad_ds.plan import loader_plan
@@ -55,7 +56,7 @@ def extract(
     out: Path,
     rule: PruneSpec = DEFAULT_RULE,
     fewer: Fewer = Fewer(),  # noqa: B008  (immutable)
-    data: Path | None = None,
+    data: Location | None = None,
     sweep: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -159,9 +160,9 @@ def top_k_from(model: ModelFile, fewer: Fewer) -> PerKind:
     return check_top_k(model.recipe, top_k_of(model.recipe)._replace(**wanted))
 
 
-def _measure(model: ModelFile, part: ModelFile, full: MultiTaskNetwork, small: MultiTaskNetwork, data: Path) -> _Measured:
+def _measure(model: ModelFile, part: ModelFile, full: MultiTaskNetwork, small: MultiTaskNetwork, data: Location) -> _Measured:
     """Metrics of both on held-out data, of the part's tasks alone."""
-    recipe: Recipe = model.recipe.model_copy(update={"data_root": data, "only": tuple(part.recipe.tasks)})
+    recipe: Recipe = recipe_on(model, data).model_copy(update={"only": tuple(part.recipe.tasks)})
     plan = loader_plan(recipe, Ranks())
     check_split(plan, VAL)
     check_classes(part, plan, VAL)

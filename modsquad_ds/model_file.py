@@ -7,6 +7,7 @@ stacked expert parameter `...experts.NAME` cut into `...experts.I.NAME`; usage s
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from modsquad_ds.config import Recipe, recipe_from_tree, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import write_atomic
+from modsquad_ds.location import Location, Url
 from modsquad_ds.model.experts import ExpertBank
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
@@ -36,6 +38,26 @@ class ModelFile(NamedTuple):
     """Class names of each task."""
     usage: tuple[Usage, ...]
     """Per sparse layer; empty for a model that was not trained."""
+
+
+def recipe_on(model: ModelFile, data: Location | None) -> Recipe:
+    """The model's recipe, its tasks' data below `data`, if given, and the cache of what comes by URL in its default folder.
+
+    A model file may come from another machine and from anybody. UserError where its recipe would read data by a command of its
+    own (`pipe:`), unless MODSQUAD_TRUST_COMMANDS=1 is in the environment; a command that is given as `data` is the user's.
+    """
+    recipe = model.recipe.model_copy(update={"cache": model.recipe.cache.model_copy(update={"folder": None})})
+    if data is not None:
+        recipe = recipe.model_copy(update={"data_root": data})
+    for name, spec in recipe.active.items():
+        place = recipe.data_root / spec.data
+        own = data is None or isinstance(spec.data, Url)
+        if own and isinstance(place, Url) and place.is_command and os.environ.get("MODSQUAD_TRUST_COMMANDS") != "1":
+            raise UserError(
+                f"tasks.{name}.data: the model file names a command that would read the data: {place}; say where the data lie "
+                "(--data), or set MODSQUAD_TRUST_COMMANDS=1 if you trust the file"
+            )
+    return recipe
 
 
 def write_model(path: Path, model: ModelFile) -> None:

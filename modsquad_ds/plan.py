@@ -22,6 +22,7 @@ def loader_plan(recipe: Recipe, ranks: Ranks, tasks: Mapping[str, TaskSpec] | No
         rank=ranks.rank,
         world=ranks.world,
         accumulation=recipe.train.accumulation,
+        cache=recipe.cache,
     )
 
 

@@ -26,9 +26,10 @@ from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path, predict_split
 from modsquad_ds.files import write_atomic
+from modsquad_ds.location import Location
 from modsquad_ds.model.heads.base import Prediction
 from modsquad_ds.model.network import MultiTaskNetwork
-from modsquad_ds.model_file import network_of, read_model
+from modsquad_ds.model_file import network_of, read_model, recipe_on
 from modsquad_ds.parallel.launch import device
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
@@ -41,12 +42,12 @@ LARGEST_SIDE = 480
 TOP_CLASSES = 5
 
 
-def write_pictures(run: Path, data: Path | None = None, images: int = 8) -> list[Path]:
+def write_pictures(run: Path, data: Location | None = None, images: int = 8) -> list[Path]:
     """Write RUN/pictures/*.png, each atomically, and return their paths.
 
     Args:
         run: folder of a finished run.
-        data: folder that relative `data:` paths of the tasks start from, in place of the recipe's.
+        data: folder or URL that relative `data:` paths of the tasks start from, in place of the recipe's.
         images: how many held-out pictures of each task are shown, from the start of the split.
 
     Raises UserError where the run's files or the held-out data are missing or damaged.
@@ -56,7 +57,7 @@ def write_pictures(run: Path, data: Path | None = None, images: int = 8) -> list
     path = model_path(run)
     model = read_model(path)
     records = read_records(run / "metrics.jsonl")
-    recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
+    recipe = recipe_on(model, data)
     plan = loader_plan(recipe, Ranks())
     check_data(plan, splits=(VAL,))
     network = network_of(model, str(path)).to(device()).eval()
@@ -108,7 +109,7 @@ def prediction_sheet(
 ) -> Image.Image:
     """The first held-out pictures of a task, as they lie on disk, each with ground truth and prediction."""
     spec = plan.tasks[task]
-    store = _Excerpt(plan.open_store(plan.folder(task, VAL)), images)
+    store = _Excerpt(plan.store(task, VAL), images)
     batches = predict_split(network, replace(plan, open_store=lambda folder: store), task, VAL)
     predictions = [prediction for _, of_batch in batches for prediction in of_batch]
     samples = [decode_sample(raw, spec.kind, spec.num_classes) for raw in store]

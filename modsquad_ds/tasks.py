@@ -7,11 +7,12 @@ metric in `metrics.py`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
+
+from modsquad_ds.location import DataPlace
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ class FCNSegHead(Strict):
 
 
 class _Task(Strict):
-    data: Path
-    """Folder with the shard folders of the splits (`train/`, `val/`), as `modsquad-ds shards` writes them."""
+    data: DataPlace
+    """Folder or URL with the shard folders of the splits (`train/`, `val/`), as `modsquad-ds shards` writes them."""
     num_classes: int = Field(gt=0)
     batch_size: int | None = Field(None, gt=0)
     """Images per optimizer step over all ranks. Exactly one of this and `batch_size_per_rank`."""

@@ -27,8 +27,9 @@ from modsquad_ds.data.loader import VAL, LoaderPlan, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import by_canvas, check_classes, model_path, split_batches
 from modsquad_ds.files import make_folder, write_atomic, write_json
+from modsquad_ds.location import Location
 from modsquad_ds.model.network import MultiTaskNetwork
-from modsquad_ds.model_file import ModelFile, network_of, read_model
+from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on
 from modsquad_ds.objective import Usage
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import gather_json
@@ -236,7 +237,7 @@ def print_usage(report: Mapping[str, Any]) -> None:
 
 
 def usage(
-    run_or_model: Path, data: Path | None = None, split: str = VAL, out: Path | None = None, stored: bool = False
+    run_or_model: Path, data: Location | None = None, split: str = VAL, out: Path | None = None, stored: bool = False
 ) -> dict[str, Any]:
     """Measure or read who uses which expert, and write OUT/usage.json and pictures. Runs on any number of ranks.
 
@@ -266,7 +267,7 @@ def usage(
     return report
 
 
-def _stored(model: ModelFile, path: Path, data: Path | None) -> tuple[Usage, ...]:
+def _stored(model: ModelFile, path: Path, data: Location | None) -> tuple[Usage, ...]:
     if data is not None:
         raise UserError(f"--data {data}: --stored reads what the model file keeps and measures nothing; give one of the two")
     if not any(bool(layer.share_TE.any()) for layer in model.usage):
@@ -274,14 +275,15 @@ def _stored(model: ModelFile, path: Path, data: Path | None) -> tuple[Usage, ...
     return model.usage
 
 
-def _measured(model: ModelFile, path: Path, data: Path | None, split: str, out: Path) -> tuple[Usage, ...]:
+def _measured(model: ModelFile, path: Path, data: Location | None, split: str, out: Path) -> tuple[Usage, ...]:
     ranks = launch.start(model.recipe.parallel.collective_timeout)
-    recipe = model.recipe if data is None else model.recipe.model_copy(update={"data_root": data})
+    recipe = recipe_on(model, data)
     plan = loader_plan(recipe, ranks)
     for task in recipe.active:
-        if not plan.folder(task, split).is_dir():
+        folder = plan.folder(task, split)
+        if isinstance(folder, Path) and not folder.is_dir():
             raise UserError(
-                f"tasks.{task}: shard folder {plan.folder(task, split)} does not exist; say where the tasks' shards lie "
+                f"tasks.{task}: shard folder {folder} does not exist; say where the tasks' shards lie "
                 "(--data FOLDER), or read what training kept (--stored)"
             )
     check_split(plan, split)

@@ -70,8 +70,8 @@ class Case:
 class _Recorder:
     """A split's samples; keeps the image file of each one that is read."""
 
-    def __init__(self, folder: Path, files: list[bytes]) -> None:
-        self._store, self._files = ShardSet(folder), files
+    def __init__(self, store: ShardSet, files: list[bytes]) -> None:
+        self._store, self._files = store, files
         self.kind, self.classes, self.shard_sizes = self._store.kind, self._store.classes, self._store.shard_sizes
 
     def read(self, shard: int, sample: int) -> RawSample:
@@ -169,7 +169,7 @@ def beyond_decoding(spec: TaskSpec) -> str:
 def record_files(case: Case) -> None:
     """Run the case once and keep the image files that it reads, in its order, and the batches."""
     files: list[bytes] = []
-    dataset = StepDataset(replace(case.plan, open_store=lambda folder: _Recorder(folder, files)))
+    dataset = StepDataset(replace(case.plan, open_store=lambda folder: _Recorder(ShardSet(folder, cache=case.plan.cache), files)))
     case.batches = [sub for step in case.steps for sub in dataset[step].values()]
     case.files = files
 

@@ -104,8 +104,8 @@ def tree_at(recipe: Recipe, ranks: int, smallest: int, mode: str, growing: bool)
     parallel["ep_size"] = ranks if growing else math.gcd(ranks, parallel["ep_size"])
     parallel["attention_ep_size"] = math.gcd(ranks, parallel["attention_ep_size"])
     # Ranks of a Slurm job start in another folder than this one.
-    for key in ("run", "data_root"):
-        tree[key] = str(Path(tree[key]).resolve())
+    for key, place in (("run", recipe.run), ("data_root", recipe.data_root)):
+        tree[key] = str(place.resolve() if isinstance(place, Path) else place)
     if recipe.deepspeed_config.endswith(".json"):
         tree["deepspeed_config"] = str(Path(recipe.deepspeed_config).resolve())
     sized = recipe_from_tree(deepcopy(tree), f"{recipe.name} on {ranks} ranks")

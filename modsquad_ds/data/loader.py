@@ -6,7 +6,6 @@ sampler is a plain range, and worker processes only compute ahead. Whatever a us
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modsquad_ds.config import CacheSpec
 from modsquad_ds.data.collate import Pixels, Ready, batch_memory
 from modsquad_ds.data.decode import decode_sample
 from modsquad_ds.data.mixing import Mixing, mix_pairs
 from modsquad_ds.data.order import SampleOrder, Sampling, TaskSchedule, derive_seed, rank_slice, step_positions
-from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.data.shards import DEFAULT_CACHE, ShardSet
 from modsquad_ds.data.transforms import TRANSFORMS, eval_resize, seeded
 from modsquad_ds.data.types import Batch, Finish, RawSample, SubBatch
 from modsquad_ds.errors import UserError
+from modsquad_ds.location import Location
 from modsquad_ds.signals import ignore_in_worker
 from modsquad_ds.tasks import (
     ClassificationTask,
@@ -47,8 +48,10 @@ class SampleStore(Protocol):
     def read(self, shard: int, sample: int) -> RawSample: ...
 
 
-OpenStore = Callable[[Path], SampleStore]
-"""Shard folder -> its samples."""
+OpenStore = Callable[[Location], SampleStore]
+"""Shard folder, or URL, -> its samples."""
+IN_ORDER = 2
+"""Shards that stay open where samples are read one after the other."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class LoaderPlan:
     """Everything that decides what is loaded."""
 
     tasks: dict[str, TaskSpec]
-    root: Path
-    """Folder that relative `data` paths of the tasks start from."""
+    root: Location
+    """Folder or URL that relative `data` paths of the tasks start from."""
     seed: int
     sampling: Sampling
     shuffle_window: int
@@ -71,22 +74,26 @@ class LoaderPlan:
     accumulation: int = 1
     """Micro-batches per optimizer step."""
     open_store: OpenStore = ShardSet
+    cache: CacheSpec = DEFAULT_CACHE
+    """How shards that come by URL are kept."""
 
     @property
     def pixels(self) -> Pixels:
         """The part that the transforms need."""
         return Pixels(self.mean, self.std, self.patch_size)
 
-    def folder(self, task: str, split: str) -> Path:
-        """Shard folder of a task's split."""
+    def folder(self, task: str, split: str) -> Location:
+        """Shard folder of a task's split, or its URL."""
         return self.root / self.tasks[task].data / split
+
+    def store(self, task: str, split: str, open_shards: int = IN_ORDER) -> SampleStore:
+        """The samples of a task's split, of which so many shards stay open."""
+        folder = self.folder(task, split)
+        return ShardSet(folder, open_shards, self.cache) if self.open_store is ShardSet else self.open_store(folder)
 
     def train_store(self, task: str) -> SampleStore:
         """A task's training samples. Shards of two windows stay open, since a batch can lie across their border."""
-        folder = self.folder(task, TRAIN)
-        if self.open_store is ShardSet:
-            return ShardSet(folder, open_shards=2 * self.shuffle_window)
-        return self.open_store(folder)
+        return self.store(task, TRAIN, open_shards=2 * self.shuffle_window)
 
     def step_images(self, task: str) -> int:
         """Images of `task` in one of its optimizer steps, over all ranks and micro-batches."""
@@ -126,6 +133,8 @@ class _TaskStream:
         everyone = step_positions(task_step * plan.accumulation + micro, share)
         positions = everyone[rank_slice(share, plan.rank, plan.world)]
         canvas = rows.canvas(self.spec.transform, plan.seed, self.name, step)
+        if isinstance(self.store, ShardSet):
+            self.store.announce(self.order.upcoming(positions[0], plan.cache.ahead))
         images = batch_memory(len(positions), canvas)
         samples, keys = [], []
         for position, image in zip(positions, images, strict=True):
@@ -183,7 +192,7 @@ class EvalDataset(Dataset[SubBatch]):
 
     def __init__(self, plan: LoaderPlan, task: str, split: str, batch_size: int) -> None:
         self._spec, self._pixels = plan.tasks[task], plan.pixels
-        self._store = plan.open_store(plan.folder(task, split))
+        self._store, self._ahead = plan.store(task, split), plan.cache.ahead
         self._starts = np.concatenate([[0], np.cumsum(np.asarray(self._store.shard_sizes, dtype=np.int64))])
         self._samples = int(self._starts[-1])
         if self._samples == 0:
@@ -202,16 +211,27 @@ class EvalDataset(Dataset[SubBatch]):
         rows = TRANSFORMS[self._spec.kind]
         samples: list[Ready] = []
         keys: list[str] = []
+        if isinstance(self._store, ShardSet):
+            self._store.announce(self._upcoming(index))
         for offset in range(index * self._batch_size, min((index + 1) * self._batch_size, self._share)):
             wanted = self._first + offset
             position = min(wanted, self._samples - 1)
-            shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+            shard = self._shard(position)
             raw = self._store.read(shard, position - int(self._starts[shard]))
             decoded = decode_sample(raw, self._spec.kind, self._spec.num_classes)
             ready = rows.evaluate(decoded, self._spec.transform, self._pixels)
             samples.append(ready._replace(meta=ready.meta | {"valid": wanted == position}))
             keys.append(raw.key)
         return rows.collate(samples, keys, self._pixels)
+
+
+    def _upcoming(self, index: int) -> range:
+        """Shards from that of the batch's first sample on."""
+        position = min(self._first + index * self._batch_size, self._samples - 1)
+        return range(self._shard(position), min(self._shard(position) + self._ahead + 1, len(self._starts) - 1))
+
+    def _shard(self, position: int) -> int:
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
 
 
 def eval_batches(plan: LoaderPlan, task: str, split: str, batch_size: int, workers: int = 0) -> "BatchLoader[SubBatch]":
@@ -332,11 +352,10 @@ def check_split(plan: LoaderPlan, split: str) -> None:
     """The part of `check_data` that evaluation needs, on any number of ranks: kinds, numbers of classes and sizes."""
     for name, spec in plan.tasks.items():
         _check_transform(name, spec, plan.patch_size)
-        _check_store(name, spec, plan.folder(name, split), plan.open_store)
+        _check_store(name, spec, plan.folder(name, split), plan.store(name, split))
 
 
-def _check_store(name: str, spec: TaskSpec, folder: Path, open_store: OpenStore) -> None:
-    store = open_store(folder)
+def _check_store(name: str, spec: TaskSpec, folder: Location, store: SampleStore) -> None:
     if store.kind != spec.kind:
         raise UserError(f"tasks.{name}.kind: the recipe says {spec.kind}, but {folder} holds {store.kind} shards")
     found = len(store.classes)

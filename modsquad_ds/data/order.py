@@ -78,7 +78,7 @@ class SampleOrder:
     def locate(self, position: int) -> Place:
         """The sample at `position` >= 0 of the stream."""
         epoch, offset = divmod(position, self.samples)
-        order = _cached(self._epochs, epoch, 2, lambda: self._permute_shards(epoch))
+        order = self._epoch(epoch)
         rank = bisect_right(order.starts, offset) - 1
         window = rank // self._window
         first = window * self._window
@@ -90,6 +90,20 @@ class SampleOrder:
         source = base + int(shuffled[offset - base])
         rank = bisect_right(order.starts, source) - 1
         return Place(epoch, int(order.shards[rank]), source - int(order.starts[rank]))
+
+    def upcoming(self, position: int, windows: int) -> tuple[int, ...]:
+        """Shards of the window that `position` lies in and of the `windows` after it, in the order of reading, each once."""
+        epoch, offset = divmod(position, self.samples)
+        first = (bisect_right(self._epoch(epoch).starts, offset) - 1) // self._window
+        per_epoch = -(-len(self._filled) // self._window)
+        found: dict[int, None] = {}
+        for later, window in (divmod(number, per_epoch) for number in range(first, first + windows + 1)):
+            shards = self._permute_shards(epoch + later).shards if later else self._epoch(epoch).shards
+            found |= dict.fromkeys(shards[window * self._window : (window + 1) * self._window].tolist())
+        return tuple(found)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        return _cached(self._epochs, epoch, 2, lambda: self._permute_shards(epoch))
 
     def _permute_shards(self, epoch: int) -> _Epoch:
         shards = self._filled[permutation(len(self._filled), "shards", self._seed, epoch)]

@@ -1,25 +1,33 @@
-"""The shard format and its reader: a folder of plain tars with an index, read sample by sample with `pread`.
+"""The shard format and its reader: plain tars with an index, in a folder or below a URL, read sample by sample with `pread`.
 
     OUT/<split>/shard-00000.tar         <key>.jpg and <key>.cls, .json or .seg.png, as `webdataset.WebDataset` reads it
     OUT/<split>/shard-00000.index.json  [{"key": ..., "fields": {"jpg": [offset in the tar, size], ...}}, ...]
     OUT/<split>/index.json              `Index`: written last, so a folder that has it is complete
 
-`convert.py` writes it, the task streams read it.
+`convert.py` writes it, the task streams read it. From a URL the index is fetched once by each process, and tars and their
+indices go through the node's cache.
 """
 
 import functools
 import hashlib
+import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from modsquad_ds.config import CacheSpec
+from modsquad_ds.data.ahead import FetchAhead
+from modsquad_ds.data.cache import FileCache
 from modsquad_ds.data.decode import IMAGE_FIELDS
+from modsquad_ds.data.fetch import Wanted, fetch
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sha256_of
+from modsquad_ds.location import Location, Url
 from modsquad_ds.tasks import KINDS
 
 FORMAT = 1
@@ -28,6 +36,8 @@ INDEX_NAME = "index.json"
 MAKE_HINT = "python -m modsquad_ds shards {imagenet|coco|ade20k} SRC OUT --split SPLIT"
 REMAKE = f"make the shards again: {MAKE_HINT} --overwrite"
 
+DEFAULT_CACHE = CacheSpec()
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Fields = dict[str, tuple[int, int]]
 """Field -> (offset, size) of its bytes inside the tar."""
 
@@ -39,11 +49,12 @@ class _Record(BaseModel):
 class ShardEntry(_Record):
     """One tar of the index."""
 
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
+    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")
+    """A plain name: an index that was fetched from somewhere leads to no other folder and says nothing to a shell."""
+    samples: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: _Sha256
+    index_sha256: _Sha256
     """Of the tar's own index file."""
 
 
@@ -86,8 +97,12 @@ def load_index(folder: Path) -> Index:
     if not path.is_file():
         what = "has no index.json (no finished shards)" if folder.is_dir() else "does not exist"
         raise UserError(f"shard folder {folder} {what}: make it with {MAKE_HINT}")
+    return _parse_index(path.read_bytes(), str(path))
+
+
+def _parse_index(data: bytes, path: str) -> Index:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}): {REMAKE}") from error
     found = content.get("format") if isinstance(content, dict) else None
@@ -108,60 +123,142 @@ class _Member(NamedTuple):
     fields: Fields
 
 
-def _load_members(folder: Path, entry: ShardEntry) -> list[_Member]:
-    """The samples of one tar, in its order. UserError if the tar's index is missing or not the one that was written."""
-    path = folder / index_file(entry.file)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {REMAKE}") from error
+def _parse_members(data: bytes, path: str, entry: ShardEntry) -> list[_Member]:
+    """The samples of one tar, in its order. UserError if this is not the tar's index that was written."""
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         raise UserError(f"{path}: is not the file that {INDEX_NAME} describes (sha256 differs): {REMAKE}")
-    return [
-        _Member(row["key"], {field: (offset, size) for field, (offset, size) in row["fields"].items()})
-        for row in json.loads(data)
-    ]
+    try:
+        return [
+            _Member(row["key"], {field: (offset, size) for field, (offset, size) in row["fields"].items()})
+            for row in json.loads(data)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is no index of a shard ({type(error).__name__}: {error}): {REMAKE}") from error
 
 
 class _OpenShard:
     """An open tar and its members. It closes with its last reference, so eviction never cuts a reader off."""
 
-    def __init__(self, path: Path, members: list[_Member]) -> None:
-        self.path, self.members = path, members
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, path: str, members: list[_Member], descriptor: int) -> None:
+        self.path, self.members, self.descriptor = path, members, descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
-def _open_shard(folder: Path, entry: ShardEntry) -> _OpenShard:
-    try:
-        return _OpenShard(folder / entry.file, _load_members(folder, entry))
-    except OSError as error:
-        raise UserError(f"shard {folder / entry.file}: cannot be opened ({error.strerror}): {REMAKE}") from error
+class _Folder:
+    """Files in a folder. Errors are UserError with the file's path."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def index(self) -> Index:
+        return load_index(self._folder)
+
+    def check(self, entry: ShardEntry) -> None:
+        """Whether the tar is there and as long as it should be."""
+        path = self._folder / entry.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"shard {path}: {error.strerror}; {INDEX_NAME} lists it: {REMAKE}") from error
+        if size < entry.bytes:
+            members = self._members(entry)
+            lost = next((key for key, fields in members if any(sum(place) > size for place in fields.values())), None)
+            first = f"first key lost is {lost!r}" if lost is not None else "no sample is lost, but its end is"
+            raise UserError(f"shard {path}: truncated to {size} of {entry.bytes} bytes, {first}: {REMAKE}")
+        if size > entry.bytes:
+            raise UserError(f"shard {path}: has {size} bytes, {INDEX_NAME} says {entry.bytes}: another file: {REMAKE}")
+
+    def open(self, entry: ShardEntry) -> _OpenShard:
+        path, members = self._folder / entry.file, self._members(entry)
+        try:
+            return _OpenShard(str(path), members, os.open(path, os.O_RDONLY))
+        except OSError as error:
+            raise UserError(f"shard {path}: cannot be opened ({error.strerror}): {REMAKE}") from error
+
+    def _members(self, entry: ShardEntry) -> list[_Member]:
+        path = self._folder / index_file(entry.file)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): {REMAKE}") from error
+        return _parse_members(data, str(path), entry)
+
+
+@functools.cache
+def _fetched_index(url: Url, cache: CacheSpec) -> Index:
+    """Once per process: what it has checked at the start is what it reads all the time."""
+    content = io.BytesIO()
+    wanted = Wanted(url.file(INDEX_NAME))
+    fetch(wanted, content, cache)
+    return _parse_index(content.getvalue(), wanted.url)
+
+
+class _Fetched:
+    """Files below a URL, through the node's cache. Errors are UserError with the file's URL."""
+
+    def __init__(self, url: Url, spec: CacheSpec) -> None:
+        self._url, self._spec, self._cache = url, spec, FileCache(spec)
+
+    def index(self) -> Index:
+        return _fetched_index(self._url, self._spec)
+
+    def check(self, entry: ShardEntry) -> None:
+        """Whether the cache can hold the tar; the source is not asked."""
+        self._cache.check_fits(self._tar(entry))
+
+    def open(self, entry: ShardEntry) -> _OpenShard:
+        tar, members = self._tar(entry), self._members(entry)
+        with open(self._cache.open(members), "rb") as file:
+            samples = _parse_members(file.read(), members.url, entry)
+        return _OpenShard(tar.url, samples, self._cache.open(tar))
+
+    def bring(self, shards: Sequence[ShardEntry], shard: int, spare: Sequence[int]) -> None:
+        """Have a tar and its index fetched, at no cost for those of `spare`."""
+        spared = {sha256 for other in spare for sha256 in (shards[other].sha256, shards[other].index_sha256)}
+        for wanted in (self._tar(shards[shard]), self._members(shards[shard])):
+            self._cache.bring(wanted, spared)
+
+    def _tar(self, entry: ShardEntry) -> Wanted:
+        return Wanted(self._url.file(entry.file), entry.bytes, entry.sha256)
+
+    def _members(self, entry: ShardEntry) -> Wanted:
+        return Wanted(self._url.file(index_file(entry.file)), None, entry.index_sha256)
 
 
 class ShardSet:
     """The samples of one split, by (shard, sample). Checked when opened; files are opened when first read.
 
-    It pickles as its path and may be used from any process, forked or spawned, and from any thread. `open_shards` tars
+    It pickles as its place and may be used from any process, forked or spawned, and from any thread. `open_shards` tars
     and their indices stay open at a time.
     """
 
-    def __init__(self, folder: Path, open_shards: int = 16) -> None:
-        """UserError for a missing folder, a wrong format, a missing shard or one whose size is not the index's."""
-        self.folder, self.open_shards = Path(folder), open_shards
-        self.index = load_index(self.folder)
+    def __init__(
+        self, folder: Location, open_shards: int = 16, cache: CacheSpec = DEFAULT_CACHE, index: Index | None = None
+    ) -> None:
+        """UserError for a missing folder, a wrong format, a missing shard or one whose size is not the index's.
+
+        Args:
+            cache: how files below a URL are kept.
+            index: what a URL's index.json says, where another process has read it already.
+        """
+        self.folder, self.open_shards, self.cache = folder, open_shards, cache
+        files = _Fetched(folder, cache) if isinstance(folder, Url) else _Folder(Path(folder))
+        self.index = files.index() if index is None else index
         self.kind, self.classes = self.index.kind, self.index.classes
         self.shard_sizes = [entry.samples for entry in self.index.shards]
         for entry in self.index.shards:
-            _check_size(self.folder, entry)
+            files.check(entry)
         self._label_field = KINDS[self.kind].label_field
-        opener = functools.partial(_open_shard, self.folder)
-        self._open = functools.lru_cache(maxsize=open_shards)(opener)
+        self._open = functools.lru_cache(maxsize=open_shards)(files.open)
+        self._ahead = None
+        if isinstance(files, _Fetched) and cache.ahead > 0:
+            self._ahead = FetchAhead(functools.partial(files.bring, self.index.shards))
 
-    def __reduce__(self) -> tuple[type["ShardSet"], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type["ShardSet"], tuple[Any, ...]]:
+        if isinstance(self.folder, Url):
+            return ShardSet, (self.folder, self.open_shards, self.cache, self.index)
         return ShardSet, (self.folder, self.open_shards)
 
     def __len__(self) -> int:
@@ -176,18 +273,29 @@ class ShardSet:
         key, places = opened.members[sample]
         fields = {field: _pread(opened, key, field, *place) for field, place in places.items()}
         self._check_fields(opened.path, key, fields)
-        return RawSample(key, fields, str(opened.path))
+        return RawSample(key, fields, opened.path)
+
+    def announce(self, shards: Sequence[int]) -> None:
+        """These are read next: what has to be fetched for that is fetched from now on, in this order, besides other work."""
+        if self._ahead is not None:
+            self._ahead.announce(shards)
 
     def verify(self, shard: int) -> None:
         """Read a whole tar and compare it with the checksum of the index. UserError if it differs."""
         entry = self.index.shards[shard]
-        path = self.folder / entry.file
-        found = sha256_of(path)
+        opened = self._open(entry)
+        found = sha256_of(Path(f"/proc/self/fd/{opened.descriptor}"))
         if found != entry.sha256:
             sums = f"sha256 {found[:12]}..., expected {entry.sha256[:12]}..."
-            raise UserError(f"shard {path}: content differs from its checksum ({sums}): {REMAKE}")
+            raise UserError(f"shard {opened.path}: content differs from its checksum ({sums}): {REMAKE}")
 
-    def _check_fields(self, path: Path, key: str, fields: dict[str, bytes]) -> None:
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the shards hold, wherever they lie."""
+        known = self.index.model_dump(mode="json", include={"kind", "classes", "shards"})
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    def _check_fields(self, path: str, key: str, fields: dict[str, bytes]) -> None:
         place = f"shard {path}, key {key!r}"
         if self._label_field not in fields:
             raise UserError(f"{place}: has no label {self._label_field!r}, only {sorted(fields)}: {REMAKE}")
@@ -195,21 +303,6 @@ class ShardSet:
         if len(images) != 1:
             expected = f"expected exactly one of {', '.join(IMAGE_FIELDS)}"
             raise UserError(f"{place}: has {images or 'no image'} among {sorted(fields)}, {expected}: {REMAKE}")
-
-
-def _check_size(folder: Path, entry: ShardEntry) -> None:
-    path = folder / entry.file
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"shard {path}: {error.strerror}; {INDEX_NAME} lists it: {REMAKE}") from error
-    if size < entry.bytes:
-        members = _load_members(folder, entry)
-        lost = next((key for key, fields in members if any(sum(place) > size for place in fields.values())), None)
-        first = f"first key lost is {lost!r}" if lost is not None else "no sample is lost, but its end is"
-        raise UserError(f"shard {path}: truncated to {size} of {entry.bytes} bytes, {first}: {REMAKE}")
-    if size > entry.bytes:
-        raise UserError(f"shard {path}: has {size} bytes, {INDEX_NAME} says {entry.bytes}: another file: {REMAKE}")
 
 
 def _pread(shard: _OpenShard, key: str, field: str, offset: int, size: int) -> bytes:
