@@ -12,6 +12,7 @@ import typer
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
 from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
+from modsquad_ds.location import data_option
 from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
 
@@ -64,7 +65,7 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     run_or_model: Annotated[Path, typer.Argument(help="A run folder or a model file.")],
-    data: Annotated[str | None, typer.Option(help="Folder or URL with the tasks' shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL of the tasks' shards, not the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders and split val only).")] = True,
 ) -> None:
@@ -75,13 +76,14 @@ def evaluate(
     from modsquad_ds.report import write_pictures
     from modsquad_ds.tables import information_of, print_results
 
-    results = measure(run_or_model, data, split)
+    place = data_option(data)
+    results = measure(run_or_model, place, split)
     if os.environ.get("RANK", "0") != "0":
         return
     model = read_model(model_path(run_or_model))
     print_results(results, model.recipe, information_of(model))
     if pictures and split == "val" and run_or_model.is_dir():
-        for path in write_pictures(run_or_model, data):
+        for path in write_pictures(run_or_model, place):
             print(path)
 
 

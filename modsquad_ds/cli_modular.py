@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from modsquad_ds.location import data_option
+
 
 def usage(
     model: Annotated[Path, typer.Argument(help="A model file or a run folder.")],
-    data: Annotated[str | None, typer.Option(help="Folder or URL with the tasks' shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL of the tasks' shards, not the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and pictures; default usage/ beside the model file.")] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Read the moving average that training kept; needs no data.")] = False,
@@ -18,7 +20,7 @@ def usage(
     from modsquad_ds.usage import print_usage
     from modsquad_ds.usage import usage as run
 
-    report = run(model, data, split, out, stored)
+    report = run(model, data_option(data), split, out, stored)
     if os.environ.get("RANK", "0") == "0":
         print_usage(report)
 
@@ -38,7 +40,7 @@ def extract(
     mlp_top_k: Annotated[int | None, typer.Option(help="The same for MLPs.")] = None,
     attention_top_k: Annotated[int | None, typer.Option(help="The same for attention.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the tasks' shards (as data_root); metrics on the split val are then told.")
+        str | None, typer.Option(help="Folder or URL of the tasks' shards (as data_root); held-out metrics are then told.")
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure many thresholds and top-k; OUT.sweep.csv and .png.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
@@ -54,7 +56,7 @@ def extract(
     from modsquad_ds.extract import extract as run
 
     rule = rule_from(min_usage, keep, keep_params)
-    run(model, task, out, rule, Fewer(top_k, mlp_top_k, attention_top_k), data, sweep, overwrite)
+    run(model, task, out, rule, Fewer(top_k, mlp_top_k, attention_top_k), data_option(data), sweep, overwrite)
 
 
 def expand(
@@ -63,7 +65,7 @@ def expand(
     out: Annotated[Path, typer.Option(help="File for the larger model; the recipe that trains it goes beside it (.yaml).")],
     new_mlp_experts: Annotated[int, typer.Option(min=0, help="Experts to add to each sparse MLP.")] = 0,
     new_attention_experts: Annotated[int, typer.Option(min=0, help="Experts to add to each sparse attention layer.")] = 0,
-    data: Annotated[str | None, typer.Option(help="Folder or URL with the task's shards, in place of the recipe's data_root.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or URL of the task's shards, not the recipe's data_root.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
 ) -> None:
     """Add a task to a model, and experts that only it sees: what the old tasks compute stays the same, bit for bit.
@@ -78,4 +80,4 @@ def expand(
     from modsquad_ds.expand import expand as run
     from modsquad_ds.structure import PerKind
 
-    run(model, task, PerKind(new_mlp_experts, new_attention_experts), out, data, overwrite)
+    run(model, task, PerKind(new_mlp_experts, new_attention_experts), out, data_option(data), overwrite)

@@ -27,7 +27,7 @@ from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.collectives import gather_json
-from modsquad_ds.plan import loader_plan
+from modsquad_ds.plan import check_same_shards, loader_plan
 from modsquad_ds.tasks import KINDS
 
 BATCH_IMAGES = 16
@@ -55,6 +55,7 @@ def evaluate(run_or_model: Path, data: Location | None = None, split: str = VAL)
     recipe = recipe_on(model, data)
     plan = loader_plan(recipe, ranks)
     check_split(plan, split)
+    check_same_shards(plan, (split,))
     check_classes(model, plan, split)
     results: dict[str, Any] = evaluate_network(network_of(model, str(path)), recipe, plan, split)
     results["untrained"] = evaluate_network(build_network(recipe), recipe, plan, split)

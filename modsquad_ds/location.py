@@ -59,8 +59,8 @@ class Url:
         for name in path.split("/"):
             if not _NAME.fullmatch(name):
                 raise UserError(
-                    f"{self}: {path!r} cannot be fetched from there: names below a URL are made of letters, digits and _ @ + = . - "
-                    "with neither dot nor dash in front; rename it, or give the task's data a URL of its own"
+                    f"{self}: {path!r} cannot be fetched from there: names below a URL are made of letters, digits and _ @ + = . "
+                    "- with neither dot nor dash in front; rename it, or give the task's data a URL of its own"
                 )
         return self.text.replace(HOLE, filled) if self.is_command else f"{self.text}/{path}"
 

@@ -1,9 +1,12 @@
 """From a recipe to what the loader has to do on one rank. Shared by train.py and evaluate.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.errors import UserError
+from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.tasks import TaskSpec
 
@@ -24,6 +27,24 @@ def loader_plan(recipe: Recipe, ranks: Ranks, tasks: Mapping[str, TaskSpec] | No
         accumulation=recipe.train.accumulation,
         cache=recipe.cache,
     )
+
+
+def check_same_shards(plan: LoaderPlan, splits: Sequence[str]) -> None:
+    """UserError on all ranks where they see different shards: samples would be lost and others met twice, in silence.
+
+    Shards at a URL may be replaced while a job starts, and copies on the nodes' own disks may differ. Every rank calls it.
+    """
+    stores = {f"{task}/{split}": plan.store(task, split) for task in plan.tasks for split in splits}
+    found = {name: store.fingerprint for name, store in stores.items() if isinstance(store, ShardSet)}
+    everyone = gather_json(found)
+    for name in found:
+        others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]]
+        if others:
+            task, split = name.split("/")
+            raise UserError(
+                f"tasks.{task}.data: rank {others[0]} sees other shards than rank 0 in {plan.folder(task, split)}: they were "
+                "replaced while the job started, or the nodes have different copies; start again, or copy them again"
+            )
 
 
 def step_tokens(plan: LoaderPlan) -> tuple[float, ...]:

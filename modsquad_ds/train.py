@@ -13,15 +13,14 @@ from modsquad_ds import checkpoint
 from modsquad_ds.adapt import close, hide_unused, is_adaptation, without_unseen
 from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
-from modsquad_ds.data.loader import LoaderPlan, check_data, train_loader
-from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.data.loader import TRAIN, LoaderPlan, check_data, train_loader
 from modsquad_ds.errors import Stopped, UserError
 from modsquad_ds.files import make_folder, write_json
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.frozen import overlaid
 from modsquad_ds.parallel.state import gather_network
-from modsquad_ds.plan import loader_plan
+from modsquad_ds.plan import check_same_shards, loader_plan
 from modsquad_ds.resume import find, progress_of, resume, with_same_batch
 from modsquad_ds.runlog import RunLog
 from modsquad_ds.saving import Saver
@@ -58,6 +57,7 @@ def _train(recipe: Recipe, stop: StopSignal) -> None:
         recipe = with_same_batch(recipe, found, ranks)
     plan = loader_plan(recipe, ranks, recipe.adapted)
     check_data(plan)
+    check_same_shards(plan, (TRAIN,))
     if ranks.first:
         make_folder(recipe.run, "run")
     trainer = build_trainer(recipe, ranks, *progress_of(found))
@@ -149,7 +149,7 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
 def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:
     """Class names of all tasks: from the shards of those that learn, from the file that the run started from for the others."""
     known = trainer.start.classes if trainer.start is not None else {}
-    own = {task: list(ShardSet(plan.folder(task, "train")).classes) for task in plan.tasks}
+    own = {task: list(plan.store(task, TRAIN).classes) for task in plan.tasks}
     for task in own.keys() & known.keys():
         if own[task] != known[task]:
             i = next(i for i, pair in enumerate(zip(own[task], known[task], strict=False)) if pair[0] != pair[1])

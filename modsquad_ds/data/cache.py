@@ -219,8 +219,8 @@ class FileCache:
                 if not force:
                     raise NoRoomError
                 raise UserError(
-                    f"cache.folder {self.folder}: no room for {wanted.size / 1e9:.3g} GB ({wanted.url}): of {bound / 1e9:.3g} GB in "
-                    f"all, {taken / 1e9:.3g} GB are being fetched; raise cache.gigabytes, or give a folder on a larger disk "
+                    f"cache.folder {self.folder}: no room for {wanted.size / 1e9:.3g} GB ({wanted.url}): of {bound / 1e9:.3g} GB "
+                    f"in all, {taken / 1e9:.3g} GB are being fetched; raise cache.gigabytes, or give a folder on a larger disk "
                     "(cache.folder)"
                 )
             os.ftruncate(partial, wanted.size)

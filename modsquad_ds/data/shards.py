@@ -13,9 +13,10 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,7 +38,9 @@ MAKE_HINT = "python -m modsquad_ds shards {imagenet|coco|ade20k} SRC OUT --split
 REMAKE = f"make the shards again: {MAKE_HINT} --overwrite"
 
 DEFAULT_CACHE = CacheSpec()
-_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# An index that was fetched from somewhere leads to no other folder, and says nothing to a shell.
+_PLAIN_TAR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 Fields = dict[str, tuple[int, int]]
 """Field -> (offset, size) of its bytes inside the tar."""
 
@@ -49,12 +52,11 @@ class _Record(BaseModel):
 class ShardEntry(_Record):
     """One tar of the index."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")
-    """A plain name: an index that was fetched from somewhere leads to no other folder and says nothing to a shell."""
+    file: str
     samples: int = Field(ge=0)
     bytes: int = Field(ge=0)
-    sha256: _Sha256
-    index_sha256: _Sha256
+    sha256: str
+    index_sha256: str
     """Of the tar's own index file."""
 
 
@@ -115,6 +117,11 @@ def _parse_index(data: bytes, path: str) -> Index:
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}: {REMAKE}") from error
     if index.kind not in KINDS:
         raise UserError(f"{path}: kind {index.kind!r}, expected one of {', '.join(KINDS)}: {REMAKE}")
+    for entry in index.shards:
+        if not _PLAIN_TAR.fullmatch(entry.file):
+            raise UserError(f"{path}: shards: {entry.file!r} is not the plain name of a .tar file: {REMAKE}")
+        if not (_SHA256.fullmatch(entry.sha256) and _SHA256.fullmatch(entry.index_sha256)):
+            raise UserError(f"{path}: shards: {entry.file} has no sha256 of 64 digits: {REMAKE}")
     return index
 
 
