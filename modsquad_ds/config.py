@@ -152,7 +152,7 @@ class CacheSpec(Strict):
     tries: int = Field(6, gt=0)
     """A file that cannot be had after so many tries, with growing waits between them, ends the job."""
     stall_seconds: float = Field(30.0, gt=0)
-    """A transfer that brings next to nothing for so long is broken off."""
+    """A transfer that brings next to nothing for so long, or at most twice as long, is broken off and tried again."""
 
 
 class Recipe(Strict):

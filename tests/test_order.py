@@ -122,3 +122,40 @@ def test_weighted_task_counter_is_the_count_of_earlier_steps() -> None:
             assert {task: fresh.task_step(task, step) for task in WEIGHTS} == dict(seen)
         seen[schedule.active(step)[0]] += 1
     assert TaskSchedule("weighted", 5, WEIGHTS).active(8999) == schedule.active(8999)
+
+
+@pytest.mark.parametrize(("sizes", "window"), [([5, 0, 3, 4, 2], 2), ([3], 4), ([2, 2, 2], 1), ([1, 4, 2, 3, 2, 5, 1], 3)])
+def test_upcoming_shards_are_those_that_are_read(sizes: list[int], window: int) -> None:
+    order = SampleOrder(sizes, 3, window)
+    per_epoch = -(-sum(size > 0 for size in sizes) // window)
+    read: list[set[int]] = []  # shards of each window, epoch after epoch
+    number_of: list[int] = []  # window of each position
+    for epoch in range(4):
+        shards: list[int] = []
+        for position in range(epoch * order.samples, (epoch + 1) * order.samples):
+            shard = order.locate(position).shard
+            shards += [shard] if shard not in shards else []
+            number_of.append(epoch * per_epoch + (len(shards) - 1) // window)
+        # A window's samples are all read before the next one's, so its shards are met together.
+        read += [set(shards[first : first + window]) for first in range(0, len(shards), window)]
+    for position in range(2 * order.samples):
+        start = position
+        while start and order.locate(start - 1).epoch == order.locate(position).epoch and start > position - sum(sizes):
+            start -= 1
+        for windows in (0, 1, per_epoch + 1):
+            found = order.upcoming(position, windows)
+            first = window_of(order, position, sizes, window) + order.locate(position).epoch * per_epoch
+            assert set(found) == set().union(*read[first : first + windows + 1]) and len(found) == len(set(found))
+            assert set(found[: len(read[first])]) == read[first]
+            assert order.locate(position).shard in read[first]
+
+
+def window_of(order: SampleOrder, position: int, sizes: list[int], window: int) -> int:
+    """Count the windows that end in the epoch before `position`."""
+    epoch = order.locate(position).epoch
+    seen: list[int] = []
+    for earlier in range(epoch * order.samples, (epoch + 1) * order.samples):
+        shard = order.locate(earlier).shard
+        seen += [shard] if shard not in seen else []
+    place = seen.index(order.locate(position).shard)
+    return place // window

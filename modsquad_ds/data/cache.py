@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ WAY_OUT = "lower cache.gigabytes, or give a folder on another disk (cache.folder
 
 SHARE_OF_DISK = 0.95
 """Of what the cache and nobody occupy, it takes no more, whatever its bound: others need the disk too."""
+WAIT_FOR_ROOM = 0.05
+"""Seconds between two looks."""
 _OWN = re.compile(r"[0-9a-f]{64}\.(data|partial|lock)")
 
 
@@ -202,28 +205,30 @@ class FileCache:
     def _make_room(self, wanted: Wanted, partial: int, force: bool, spare: Collection[str]) -> None:
         """Remove what was opened longest ago until the file fits, then give the partial file its length, which counts as taken.
 
-        Files that nobody has open go first; with `force` then others too, whose readers keep their descriptors.
+        Files that nobody has open go first; with `force` then others too, whose readers keep their descriptors, and where that
+        is not enough, files that are being fetched are waited for.
         """
         assert wanted.size is not None
-        with self._room():
-            kept, taken, on_disk = self._look_around()
-            # Whatever else fills the disk, there is no more than this.
-            bound = min(self.bound, int((on_disk + shutil.disk_usage(self.folder).free) * SHARE_OF_DISK))
-            for in_use in (False, True) if force else (False,):
-                for file in sorted(kept, key=lambda file: file.used):
-                    if taken + wanted.size <= bound:
-                        break
-                    if file.path.stem not in spare and _remove(file.path, in_use):
-                        taken -= file.size
-            if taken + wanted.size > bound:
-                if not force:
-                    raise NoRoomError
+        while True:
+            with self._room():
+                kept, taken, on_disk = self._look_around()
+                # Whatever else fills the disk, there is no more than this.
+                bound = min(self.bound, int((on_disk + shutil.disk_usage(self.folder).free) * SHARE_OF_DISK))
+                for in_use in (False, True) if force else (False,):
+                    for file in sorted(kept, key=lambda file: file.used):
+                        if taken + wanted.size > bound and file.path.stem not in spare and _remove(file.path, in_use):
+                            taken -= file.size
+                if taken + wanted.size <= bound:
+                    os.ftruncate(partial, wanted.size)
+                    return
+            if not force:
+                raise NoRoomError
+            if not taken:
                 raise UserError(
-                    f"cache.folder {self.folder}: no room for {wanted.size / 1e9:.3g} GB ({wanted.url}): of {bound / 1e9:.3g} GB "
-                    f"in all, {taken / 1e9:.3g} GB are being fetched; raise cache.gigabytes, or give a folder on a larger disk "
-                    "(cache.folder)"
+                    f"cache.folder {self.folder}: no room for {wanted.size / 1e9:.3g} GB ({wanted.url}): the disk has "
+                    f"{bound / 1e9:.3g} GB for it; make room, or give a folder on another disk (cache.folder)"
                 )
-            os.ftruncate(partial, wanted.size)
+            time.sleep(WAIT_FOR_ROOM)
 
     @contextmanager
     def _room(self) -> Iterator[None]:
