@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,9 +144,11 @@ def test_no_file_is_asked_for_a_third_time_only(web: Web) -> None:
 
 def test_waits_double_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "FIRST_WAIT", 1.0)
+    before = random.getstate()
     for tried, most in ((1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (50, 60)):
         waits = [fetching.wait_before(tried) for _ in range(200)]
         assert most / 2 <= min(waits) < 0.6 * most and 0.9 * most < max(waits) <= most
+    assert random.getstate() == before  # augmentation's, which a thread that fetches ahead must not disturb
 
 
 def test_commands(web: Web, tmp_path: Path) -> None:

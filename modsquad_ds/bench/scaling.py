@@ -106,6 +106,8 @@ def tree_at(recipe: Recipe, ranks: int, smallest: int, mode: str, growing: bool)
     # Ranks of a Slurm job start in another folder than this one.
     for key, place in (("run", recipe.run), ("data_root", recipe.data_root)):
         tree[key] = str(place.resolve() if isinstance(place, Path) else place)
+    if recipe.cache.folder is not None:
+        tree["cache"]["folder"] = str(recipe.cache.folder.resolve())
     if recipe.deepspeed_config.endswith(".json"):
         tree["deepspeed_config"] = str(Path(recipe.deepspeed_config).resolve())
     sized = recipe_from_tree(deepcopy(tree), f"{recipe.name} on {ranks} ranks")

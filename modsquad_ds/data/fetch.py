@@ -14,7 +14,6 @@ import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from contextlib import suppress
 from typing import IO, Any, NamedTuple
@@ -33,6 +32,8 @@ SLOWEST = 1024
 """Bytes per second; a transfer that brings less is taken for stalled."""
 LARGEST_INDEX = 1 << 28
 """Bytes of a file of unknown size."""
+# Transforms draw from the generator of the random module, at the same time in another thread.
+_CHANCE = random.SystemRandom()
 # What curl says of 4xx, and aws of the same: all but 408 (timeout), 425 (too early) and 429 (too many requests).
 _HOPELESS = re.compile(
     r"returned error: 4(?!08|25|29)\d\d|\((4(?!08|25|29)\d\d|NoSuch\w+|AccessDenied)\)|Unable to locate credentials"
@@ -79,11 +80,12 @@ def fetch(wanted: Wanted, file: IO[bytes], spec: CacheSpec) -> None:
 
 def wait_before(tried: int) -> float:
     """Seconds to wait after `tried` tries: doubled each time, half of it random, so that many readers do not return at once."""
-    return min(FIRST_WAIT * 2.0 ** (tried - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0)
+    return min(FIRST_WAIT * 2.0 ** (tried - 1), LONGEST_WAIT) * _CHANCE.uniform(0.5, 1.0)
 
 
 def _try(wanted: Wanted, file: IO[bytes], stall: float) -> None:
-    with tempfile.TemporaryFile() as errors:
+    # In memory: no lock of tempfile's that a fork at this moment would leave held in the child.
+    with open(os.memfd_create("errors"), "w+b") as errors:
         pipe = gopen(wanted.url, "rb", 0, stderr=errors, stall=stall)
         try:
             size, sha256 = _copy(pipe.stream.fileno(), file, wanted, stall)
