@@ -18,25 +18,31 @@ from modsquad_ds.data.loader import TRAIN, VAL
 from modsquad_ds.data.shards import INDEX_NAME, Index, index_file, load_index
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError
+from modsquad_ds.location import Url
 
 
 def stage(recipe: Recipe, to: Path) -> Path:
     """Copy the shards that training opens under the folder `to`, which may be shared by jobs; returns it.
 
-    A second process that stages the same data waits for the first. UserError for data outside of data_root, a missing index, a
-    file that is not as large as the index says, and a disk without room.
+    A second process that stages the same data waits for the first. UserError for data outside of data_root or by URL, a missing
+    index, a file that is not as large as the index says, and a disk without room.
     """
+    root, folders = recipe.data_root, set[Path]()
     for name, spec in recipe.adapted.items():
+        if isinstance(root, Url) or isinstance(spec.data, Url):
+            where = f"stage: tasks.{name}.data {root / spec.data}"
+            raise UserError(f"{where}: shards that come by URL are kept on each node anyway (cache); train without a copy")
         if spec.data.is_absolute():
             raise UserError(f"stage: tasks.{name}.data {spec.data}: give it relative to data_root, else its copy is not found")
-    folders = sorted({spec.data / split for spec in recipe.adapted.values() for split in (TRAIN, VAL)})
-    indices = {folder: load_index(recipe.data_root / folder) for folder in folders}
+        folders |= {spec.data / split for split in (TRAIN, VAL)}
+    assert isinstance(root, Path)  # there is at least one task
+    indices = {folder: load_index(root / folder) for folder in sorted(folders)}
     copied = 0
     for folder, index in indices.items():
         with _alone(to / folder):
-            if not _is_copy(recipe.data_root / folder, to / folder):
+            if not _is_copy(root / folder, to / folder):
                 _check_room(to, index)
-                _copy(recipe.data_root / folder, to / folder, index)
+                _copy(root / folder, to / folder, index)
                 copied += 1
     print(f"{socket.gethostname()}: {to} has {len(folders)} folders of shards, {copied} of them new", flush=True)
     return to
