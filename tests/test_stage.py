@@ -27,8 +27,8 @@ def write_shards(folder: Path, content: bytes) -> None:
         name, data = f"shard-{number:05d}", content * (number + 1)
         (folder / f"{name}.tar").write_bytes(data)
         (folder / f"{name}.index.json").write_text("[]")
-        sha256 = hashlib.sha256(data).hexdigest()
-        entries.append({"file": f"{name}.tar", "samples": 1, "bytes": len(data), "sha256": sha256, "index_sha256": "0"})
+        sums = {"sha256": hashlib.sha256(data).hexdigest(), "index_sha256": hashlib.sha256(b"[]").hexdigest()}
+        entries.append({"file": f"{name}.tar", "samples": 1, "bytes": len(data), **sums})
     index = {
         "format": FORMAT, "tool": "t", "kind": "classification", "layout": "imagenet", "source": "s", "split": folder.name,
         "classes": ["a"], "details": {}, "num_samples": 2, "skipped": 0, "skipped_samples": [], "shards": entries,
