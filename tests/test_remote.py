@@ -2,10 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from commands import run_command
 from memory import assert_equal, classification, detection, plan, segmentation
 from modsquad_ds.data import fetch as fetching
 from modsquad_ds.data import shards
@@ -266,13 +264,6 @@ def test_a_model_files_own_command_is_not_run(tmp_path: Path, monkeypatch: pytes
 SMALL = ["tasks.digits.batch_size=8", "tasks.scenes.batch_size=4", "tasks.textures.batch_size=4", "parallel.ep_size=1"]
 
 
-def modsquad(*arguments: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "modsquad_ds", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def losses(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: record[key] for key in record if key.startswith("loss") or key in ("step", "grad_norm")} for record in records]
@@ -284,7 +275,9 @@ def test_training_has_the_losses_of_training_from_disk(tmp_path: Path) -> None:
         web.faults["digits/train/shard-00000.tar"] = ["drop"]
         for place, root in (("disk", str(web.folder)), ("url", web.url)):
             settings = [f"run={tmp_path / place}", f"data_root={root}", f"cache.folder={tmp_path / 'c'}", *SMALL]
-            modsquad("train", "quickstart", *settings, "train.steps=3", "train.log_every=1", "train.workers=1")
+            settings += ["train.steps=3", "train.log_every=1", "train.workers=1"]
+            done = run_command("train", "quickstart", *settings, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "url") == losses(tmp_path / "disk") and len(losses(tmp_path / "url")) == 3
 
 
