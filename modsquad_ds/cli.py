@@ -11,6 +11,7 @@ import typer
 
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
+from modsquad_ds.cli_plan import plan
 from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
 from modsquad_ds.location import data_option
 from modsquad_ds.parallel import watchdog
@@ -184,7 +185,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folde
     print_comparison(runs)
 
 
-for command in (cli_modular.usage, cli_modular.extract, cli_modular.expand):
+for command in (plan, cli_modular.usage, cli_modular.extract, cli_modular.expand):
     app.command()(command)
 
 

@@ -20,7 +20,7 @@ def run(*arguments: str, cwd: Path, launcher: list[str] | None = None, timeout: 
 def test_help_names_every_command(tmp_path: Path) -> None:
     found = run("--help", cwd=tmp_path)
     assert found.returncode == 0
-    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare", "usage"):
+    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare", "usage", "plan"):
         assert command in found.stdout
 
 

@@ -24,9 +24,10 @@ RUNGS = (
     ("selection", "surgery"),
     ("parallel.*",),
     ("checkpoint", "saving", "plan", "runlog", "costs", "trainer", "resume", "stage"),
+    ("hardware", "projection", "memory_trace", "memory", "topologies", "step_work", "feasibility", "plan_table"),
     ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
     ("bench.*",),
-    ("cli", "cli_bench", "cli_modular", "__main__"),
+    ("cli", "cli_bench", "cli_modular", "cli_plan", "__main__"),
 )
 # Who alone may import what.
 OWNERS = {

@@ -55,7 +55,9 @@ def can_group(weight_EOI: Tensor) -> bool:
     parameters side by side in one buffer, so even matrices of even sizes may begin anywhere.
     """
     sizes_fit = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
-    return weight_EOI.dtype == torch.bfloat16 and sizes_fit and weight_EOI.data_ptr() % 16 == 0
+    # Memory itself begins at such a multiple; a tensor without memory, of a plan, knows its offset alone.
+    begins_there = int(weight_EOI.storage_offset()) * weight_EOI.element_size() % 16 == 0
+    return weight_EOI.dtype == torch.bfloat16 and sizes_fit and begins_there
 
 
 def _products(x_RI: Tensor, rows: Sequence[int], weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:

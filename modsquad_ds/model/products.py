@@ -6,6 +6,9 @@ Rows need not lie in expert order: `Groups` says whose they are. Two ways to the
 picked, multiplied and put back while they are in the cache (`cached.py`); on CUDA they are laid out as a whole (`laid_out.py`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 from torch import Tensor
@@ -45,4 +48,17 @@ def combined(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, gate_SK: Tenso
 
 def way_for(x: Tensor) -> ModuleType:
     """The module whose `linear`, `mlp` and `combine` suit the tensor's device."""
-    return laid_out if x.is_cuda else cached
+    return _planned.get() or (laid_out if x.is_cuda else cached)
+
+
+_planned: ContextVar[ModuleType | None] = ContextVar("planned way", default=None)
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Inside the block products go the way of `cpu` or `cuda`, wherever tensors are: for plans of machines that are not here."""
+    token = _planned.set(laid_out if device == "cuda" else cached)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
