@@ -18,7 +18,7 @@ from modsquad_ds.model.counts import Counts, count_parameters
 from modsquad_ds.model.heads import check_norm
 from modsquad_ds.parallel.engine import complete_config, in_bf16, read_deepspeed_config
 from modsquad_ds.parallel.experts import check_parallel
-from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.parallel.ranks import Ranks, check_world
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.projection import (
     LIKELY,
@@ -127,6 +127,7 @@ def forecast(recipe: Recipe, cluster: Cluster, gpu_memory: float, ep: int | None
     if config is None:
         return result
     _noted(result, complete_config, config, recipe, cluster.world)
+    _noted(result, check_world, Ranks(0, cluster.world), recipe.parallel.expect_world_size)
     _noted(result, check_parallel, recipe.parallel, cluster.world)
     images = _check_tasks(result, in_bf16(config))
     flops = flops_of_images(recipe)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import run_command
 from layouts import made
 from modsquad_ds.config import ParallelSpec, Recipe
 from modsquad_ds.costs import count_flops
@@ -79,10 +78,11 @@ def test_what_would_stop_training_is_told_with_all_else(changes: dict[str, Any],
         assert found.rows, "the rest is projected all the same"
 
 
-def test_ranks_that_the_groups_do_not_divide(shards: Path) -> None:
-    found = planned(one_task(shards, **{"parallel.ep_size": 4}))
-    told = next(finding.text for finding in found.findings if finding.kind == "error")
-    assert told.startswith("recipe: parallel.ep_size 4 does not divide the 2 ranks")
+def test_ranks_that_do_not_suit_the_recipe(shards: Path) -> None:
+    found = planned(one_task(shards, **{"parallel.ep_size": 4, "parallel.expect_world_size": 4}))
+    told = [finding.text for finding in found.findings if finding.kind == "error"]
+    assert len(told) == 2 and "expect_world_size is 4" in told[0]
+    assert told[1].startswith("recipe: parallel.ep_size 4 does not divide the 2 ranks")
     assert not any(row.chosen for row in found.rows)
 
 
@@ -153,14 +153,10 @@ def test_flops_of_a_step_are_those_of_the_real_network() -> None:
     assert len(drawn.packs()) == 3 and len(job.packs()) == 1
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "modsquad_ds", "plan", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_the_command(tmp_path: Path) -> None:
     """Absent data is an error among the findings, and all else is told."""
-    found = run("quickstart", "--nodes", "2", "--gpus-per-node", "2", "--gpu", "h100", "--json", "plan.json", cwd=tmp_path)
+    size = ("--nodes", "2", "--gpus-per-node", "2", "--gpu", "h100")
+    found = run_command("plan", "quickstart", *size, "--json", "plan.json", cwd=tmp_path)
     assert found.returncode == 2, found.stderr
     lines = found.stdout.splitlines()
     assert lines[0] == "quickstart on 2 x 2 H100 of 80 GiB: 1,152,677 parameters, 936,416 of them in the backbone"
@@ -184,6 +180,6 @@ def test_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_request_is_one_line(arguments: list[str], told: str, tmp_path: Path) -> None:
-    found = run(*arguments, cwd=tmp_path)
+    found = run_command("plan", *arguments, cwd=tmp_path)
     assert found.returncode == 2 and found.stderr.strip().startswith(told), found.stderr
     assert len(found.stderr.strip().splitlines()) == 1 and not found.stdout
