@@ -130,6 +130,8 @@ def forecast(recipe: Recipe, cluster: Cluster, gpu_memory: float, ep: int | None
     _noted(result, check_world, Ranks(0, cluster.world), recipe.parallel.expect_world_size)
     _noted(result, check_parallel, recipe.parallel, cluster.world)
     images = _check_tasks(result, in_bf16(config))
+    if not all(recipe.active[task].transform.train_sizes for task in images):
+        return result  # nothing to run the network on
     flops = flops_of_images(recipe)
     _describe_tasks(result, images, flops)
     job = Job(recipe, cluster, network, images, flops)
@@ -145,7 +147,7 @@ def forecast(recipe: Recipe, cluster: Cluster, gpu_memory: float, ep: int | None
     return result
 
 
-def _row(result: Forecast, job: "Job", traces: "_Traces", topology: Topology, zero: Zero) -> Row:
+def _row(result: Forecast, job: Job, traces: "_Traces", topology: Topology, zero: Zero) -> Row:
     recipe, cluster = result.recipe, result.cluster
     parallel = recipe.parallel.model_copy(update={"ep_size": topology.ep, "attention_ep_size": topology.attention_ep})
     groups = traces.groups(parallel)
@@ -175,7 +177,7 @@ def usable_memory(gpu_memory: float) -> float:
 class _Traces:
     """Traces of the packs that may be the largest; experts here, and on other ranks, whose number hardly matters."""
 
-    def __init__(self, job: "Job") -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.kept: dict[tuple[bool, bool], list[Trace]] = {}
         self.kept_groups: dict[int, list[Group]] = {}

@@ -78,6 +78,12 @@ def test_what_would_stop_training_is_told_with_all_else(changes: dict[str, Any],
         assert found.rows, "the rest is projected all the same"
 
 
+def test_a_task_without_canvases_ends_the_plan_with_its_finding() -> None:
+    found = planned(small_recipe(**{"tasks.scenes.transform": {"canvases": []}}))
+    assert found.fails and not found.rows
+    assert any("tasks.scenes.transform.canvases: empty" in finding.text for finding in found.findings)
+
+
 def test_ranks_that_do_not_suit_the_recipe(shards: Path) -> None:
     found = planned(one_task(shards, **{"parallel.ep_size": 4, "parallel.expect_world_size": 4}))
     told = [finding.text for finding in found.findings if finding.kind == "error"]
