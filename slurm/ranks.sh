@@ -56,17 +56,18 @@ hand_on() {
     [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
 }
 
-# run_ranks COMMAND...: start it on every rank; afterwards `code` is srun's exit code. Each rank writes to a log of its own; here
-# appear the first rank's lines and, if the ranks fail, what the others say of it.
+# run_ranks COMMAND...: start it on every rank. Each writes to a log of its own; here appear the first rank's lines and, if the ranks
+# fail, what the others say of it. Afterwards `code` is the exit code of the rank that ended first by itself, and `cut_off` is
+# whether a signal ended any: the ranks that are left are killed as soon as one fails.
 run_ranks() {
-    local logs echo
+    local logs echo first
     logs="$(rank_logs)"
     mkdir -p -- "$logs"
-    : >>"$logs/rank-0.log"
-    srun --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append "${container[@]}" "$@" &
+    : >"$logs/srun.log" >>"$logs/rank-0.log"  # tail wants to see them
+    srun --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append "${container[@]}" "$@" 2>>"$logs/srun.log" &
     step=$!
     [[ -z $told ]] || hand_on "$told"
-    tail --quiet --lines=+1 --follow --sleep-interval=0.5 --pid="$step" -- "$logs/rank-0.log" &
+    tail --quiet --lines=+1 --follow --sleep-interval=0.5 --pid="$step" -- "$logs/rank-0.log" "$logs/srun.log" &
     echo=$!
     # `wait` also returns when a trap has run; bash remembers how the step ended.
     while kill -0 "$step" 2>/dev/null; do
@@ -75,6 +76,9 @@ run_ranks() {
     code=0
     wait "$step" || code=$?
     wait "$echo" || true
+    cut_off=$((code > 128))
+    first="$(sed -n 's/.*: Exited with exit code \([0-9]*\)$/\1/p' "$logs/srun.log" | head -n 1)"
+    code="${first:-$code}"
     ((code == 0 || code == 75)) || tell_errors "$logs"
 }
 

@@ -19,7 +19,7 @@ from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import barrier, broadcast_json, gather_json, sum_over_ranks, world_size
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher
 from modsquad_ds.parallel.launch import device_index
-from modsquad_ds.parallel.ranks import Ranks, ranks_from
+from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
 from ranks import free_port, run_ranks
 
 # ---------------------------------------------------------------- who am I
@@ -81,6 +81,13 @@ def test_half_a_statement_is_refused(environment: dict[str, str], parts: list[st
         ranks_from(environment)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_another_number_of_ranks_than_asked_for_is_refused() -> None:
+    check_world(Ranks(1, 2, 0), None)
+    check_world(Ranks(1, 2, 0), 2)
+    with pytest.raises(UserError, match=r"^1 rank\(s\) started, parallel\.expect_world_size is 2: .*--hostfile.*srun"):
+        check_world(Ranks(0, 1, 0), 2)
 
 
 def start_alone(rank: int, world: int) -> list[Any]:

@@ -122,7 +122,7 @@ def test_contributing_fits_a_page() -> None:
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "CHANGELOG.md", "ds_configs/README.md", "README.md"])
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "CHANGELOG.md", "ds_configs/README.md", "slurm/README.md", "README.md"])
 def test_files_that_a_document_names_exist(document: str) -> None:
     path = ROOT / document
     named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|json|yaml|sbatch|env|txt|md))`", path.read_text())

@@ -33,6 +33,7 @@ if [[ -n ${logs:-} ]]; then
     echo "the first rank" >>"$logs/rank-0.log"
     printf '%b' "${SAID:-the second}\\n" >>"$logs/rank-1.log"
 fi
+[[ -z ${ERROR:-} ]] || echo "srun: error: node8: task 9: $ERROR" >&2
 trap 'echo "told USR1" >>"$CALLS"; exit "${ON_USR1:-75}"' USR1
 for _ in $(seq "${SLOW:-0}"); do sleep 0.1; done
 exit "${CODE:-0}"
@@ -198,9 +199,14 @@ def test_ranks_that_were_told_to_stop_by_others_requeue_too(job: Job) -> None:
     assert job.calls.read_text().splitlines()[-1] == "scontrol requeue 123456"
 
 
-def test_crash_is_not_requeued(job: Job) -> None:
-    code, output = job.run("quickstart", CODE="139")
-    assert code == 139, output
+@pytest.mark.parametrize(
+    ("error", "code"), [("", 139), ("Segmentation fault", 139), ("Exited with exit code 1", 1), ("Exited with exit code 2", 2)]
+)
+def test_crash_is_not_requeued_and_the_first_rank_to_fail_gives_the_code(job: Job, error: str, code: int) -> None:
+    """What srun returns is the largest code, that of a rank it has killed for another one's failure."""
+    found, output = job.run("quickstart", CODE="139", ERROR=error)
+    assert found == code, output
+    assert error in output
     assert "scontrol requeue" not in job.calls.read_text()
 
 
