@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, unavailable
+from cluster import Cluster, Mode, unavailable
 from jobs import OFTEN, ROOT, SMALL, STEPS, Jobs
 from modsquad_ds.data.quickstart import build
 from ranks import free_port
@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes, each with two GPUs that are none."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster:
+    """Three nodes, each with two GPUs that are none. MODSQUAD_TEST_SLURM=host tries the mode without namespaces where there are."""
+    mode: Mode | None = "host" if os.environ.get("MODSQUAD_TEST_SLURM") == "host" else None
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3, mode=mode) as cluster:
         yield cluster
 
 

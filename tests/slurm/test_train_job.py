@@ -88,7 +88,8 @@ def test_run_goes_on_with_one_node_fewer(jobs: Jobs, alone: Path) -> None:
 def test_wrong_request_ends_with_the_reason_in_the_log(
     jobs: Jobs, arguments: tuple[str, ...], options: tuple[str, ...], reason: str
 ) -> None:
-    words = (*arguments, f"run={jobs.run}") if arguments else ()
+    recipe, settings = arguments[:1], arguments[1:]
+    words = (*recipe, f"run={jobs.run}", f"data_root={jobs.data}", *settings) if recipe else ()
     number = jobs.submit(*words, options=("--nodes=2", "--ntasks-per-node=1", *options))
     job = jobs.cluster.wait(number, timeout=60)
     log = jobs.log(number)
