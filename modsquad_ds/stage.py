@@ -81,7 +81,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process of this node fills the folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder.with_name(f".{folder.name}.wait"), os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"stage: {folder.parent} cannot be written to ({error.strerror}); give another folder") from None
     try:

@@ -106,7 +106,7 @@ def test_second_process_waits_and_finds_the_copy(
     stage(recipe, to)
     shutil.rmtree(to / "digits/train")
     capsys.readouterr()
-    with (to / "digits/.train.lock").open() as lock:
+    with (to / "digits/.train.wait").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = threading.Thread(target=stage, args=(recipe, to))
         waiting.start()

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes, each with two GPUs that are none. MODSQUAD_TEST_SLURM=host tries the mode without namespaces where there are."""
+    """Three nodes, each with two GPUs that are none. MODSQUAD_TEST_SLURM=host takes the mode without namespaces."""
     mode: Mode | None = "host" if os.environ.get("MODSQUAD_TEST_SLURM") == "host" else None
     with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3, mode=mode) as cluster:
         yield cluster

@@ -95,4 +95,4 @@ def test_wrong_request_ends_with_the_reason_in_the_log(
     log = jobs.log(number)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log
     assert sum(reason in line for line in log.splitlines()) == 1, log
-    assert "Traceback" not in log and not jobs.run.exists()
+    assert "Traceback" not in log and not any(jobs.run.rglob("*"))
