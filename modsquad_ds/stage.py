@@ -85,7 +85,10 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"stage: {folder.parent} cannot be written to ({error.strerror}); give another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"stage: {folder.parent} cannot be locked ({error.strerror}); give a disk of the node") from None
         yield
     finally:
         os.close(descriptor)
