@@ -22,7 +22,7 @@ def test_two_nodes_give_the_same_losses_and_weights_as_two_local_ranks(jobs: Job
             assert f"{node}: {jobs.cluster.scratch} has 6 folders of shards, 6 of them new" in log
     assert records(jobs.run) == records(alone)
     assert weights(jobs.run) == weights(alone)
-    assert sorted(path.name for path in jobs.folder.glob("job-*.ranks/start-0/*")) == ["rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in jobs.folder.glob("job-*.ranks/start-0/rank-*")) == ["rank-0.log", "rank-1.log"]
 
 
 def test_stopped_by_a_signal_and_by_preemption_gives_the_same_weights(jobs: Jobs, alone: Path) -> None:
