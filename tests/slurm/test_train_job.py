@@ -40,7 +40,7 @@ def test_stopped_by_a_signal_and_by_preemption_gives_the_same_weights(jobs: Jobs
     log = jobs.log(number)
     assert job["JobState"] == "COMPLETED", log
     assert [line.rpartition(" ")[2] for line in log.splitlines() if "train.sbatch: quickstart on" in line] == ["0", "1", "2"]
-    assert log.count("going on from") == 2 and log.count("train.sbatch: requeueing") == 1
+    assert log.count("going on from") == 2 and log.count(": requeueing") == 1
     assert records(jobs.run) == records(alone)
     assert weights(jobs.run) == weights(alone)
 
