@@ -94,8 +94,3 @@ tell_errors() {
     done | head -n 20
     echo "$script: exit code $code; the ranks' logs are in $1"
 }
-
-# Whether each node of the job still starts a process.
-nodes_answer() {
-    timeout 30 srun --quiet --overlap --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 true >/dev/null 2>&1
-}
