@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import sha256_of, sync, write_json
+from modsquad_ds.files import say, sha256_of, sync, write_json
 from modsquad_ds.objective import Usage
 from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.collectives import broadcast_json, gather_json
@@ -82,9 +82,13 @@ def partial_of(folder: Path) -> Path:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
+    return [folder for folder in _named(run) if (folder / STATE).is_file()]
+
+
+def _named(run: Path) -> list[Path]:
+    """Folders with a checkpoint's name, oldest first. They were complete; one without an index has lost it since."""
     root = run / "checkpoints"
-    found = root.iterdir() if root.is_dir() else []
-    return sorted(p for p in found if NAME.fullmatch(p.name) and (p / STATE).is_file())
+    return sorted(p for p in (root.iterdir() if root.is_dir() else ()) if NAME.fullmatch(p.name))
 
 
 def clear_remains(run: Path) -> None:
@@ -114,7 +118,10 @@ def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep
     os.replace(partial, final)
     sync(final.parent)
     for old in complete_checkpoints(final.parents[1])[:-keep]:
-        _remove(old)
+        try:
+            _remove(old)
+        except OSError as error:  # the new one is whole all the same
+            say(f"old checkpoint {old} could not be removed ({error})")
 
 
 def _wait_until_seen(folder: Path, files: Sequence[Written]) -> None:
@@ -152,32 +159,34 @@ def newest_sound(run: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint whose files are as they were written; None where there is no checkpoint. Every rank calls it.
 
     The ranks share the reading. A damaged one is told, put aside under another name, and the one before takes its place.
-    Raises UserError if all are damaged: a run does not begin anew by itself where it had got further.
+    Raises UserError if all are damaged, and then leaves them where they are: a run does not begin anew by itself where it had
+    got further, however often it is started.
     """
-    found = broadcast_json([folder.name for folder in complete_checkpoints(run)])
-    told = []
+    found = broadcast_json([folder.name for folder in _named(run)])
+    told: list[tuple[str, str]] = []
     for name in reversed(found):
         folder = run / "checkpoints" / name
         faults = [fault for of_rank in gather_json(_faults(folder, ranks)) for fault in of_rank]
         if not faults:
+            if ranks.first:
+                for damaged, fault in told:
+                    _put_aside(folder.with_name(damaged), fault)
             return folder
-        aside = folder.with_name(f"damaged-{name}")
-        told.append(faults[0])
-        if ranks.first:
-            _put_aside(folder, aside)
-            print(f"checkpoint damaged: {faults[0]}; put aside as {aside}, trying the one before", flush=True)
+        told.append((name, faults[0]))
     if told:
-        where, what = run / "checkpoints", "; ".join(told)
+        where, what = run / "checkpoints", "; ".join(fault for _, fault in told)
         raise UserError(f"no checkpoint under {where} is whole ({what}); restore one, or start a new run folder (run=...)")
     return None
 
 
-def _put_aside(folder: Path, aside: Path) -> None:
+def _put_aside(folder: Path, fault: str) -> None:
+    aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         os.replace(folder, aside)
     except OSError as error:
-        raise UserError(f"checkpoint {folder} is damaged and cannot be put aside ({error.strerror}); remove it") from None
+        raise UserError(f"checkpoint damaged: {fault}; {folder} cannot be put aside ({error.strerror}), remove it") from None
+    say(f"checkpoint damaged: {fault}; put aside as {aside}, going on from the one before")
 
 
 def _faults(folder: Path, ranks: Ranks) -> list[str]:

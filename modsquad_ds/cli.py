@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
 from modsquad_ds.cli_plan import plan
 from modsquad_ds.errors import STOPPED_CODE, Stopped, UserError
+from modsquad_ds.files import say
 from modsquad_ds.location import data_option
 from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
@@ -211,7 +213,7 @@ def main() -> None:
     except Stopped as stopped:
         ranks = _ranks()
         if ranks.first:
-            print(stopped, flush=True)
+            say(str(stopped))
         _end(STOPPED_CODE, ranks)
     except UserError as error:
         _leave(2, f"error: {error}", _ranks())
@@ -234,13 +236,15 @@ def _leave(code: int, message: str, ranks: Ranks) -> None:
     if not ranks.first:
         time.sleep(2.0)
         message = f"rank {ranks.rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # as in `say`
+        print(message, file=sys.stderr, flush=True)
     _end(code, ranks)
 
 
 def _end(code: int, ranks: Ranks) -> None:
     if ranks.world == 1:
         sys.exit(code)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     watchdog.leave(code)
     os._exit(code)

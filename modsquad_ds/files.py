@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,9 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def say(text: str) -> None:
+    """Print a line. Where standard output lies on a disk that is full nobody can be told, which is no reason to end."""
+    with suppress(OSError):
+        print(text, flush=True)

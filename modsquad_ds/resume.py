@@ -7,6 +7,7 @@ from pathlib import Path
 from modsquad_ds import checkpoint
 from modsquad_ds.config import Recipe
 from modsquad_ds.errors import UserError
+from modsquad_ds.files import say
 from modsquad_ds.objective import Usage
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.collectives import broadcast_json
@@ -23,7 +24,8 @@ def find(recipe: Recipe, ranks: Ranks) -> Path | None:
 
     Raises UserError where the recipe's wish cannot be met, where the checkpoint is another model's, or where all are damaged.
     """
-    present = checkpoint.complete_checkpoints(recipe.run)
+    # Rank 0's listing on every rank: a shared file system may show another node an older one.
+    present = broadcast_json([str(folder) for folder in checkpoint.complete_checkpoints(recipe.run)])
     if recipe.resume == "must" and not present:
         raise UserError(f"resume=must: no complete checkpoint under {recipe.run / 'checkpoints'}; use resume=auto to start anew")
     if recipe.resume == "never" and present:
@@ -61,10 +63,10 @@ def with_same_batch(recipe: Recipe, found: Path, ranks: Ranks) -> Recipe:
             )
         tasks[name] = spec.model_copy(update={"batch_size": before, "batch_size_per_rank": None})
         if ranks.first:
-            print(
+            say(
                 f"{name}: {before} images a step as before, so {before // parts} per rank and micro-batch "
-                f"(the recipe's {spec.batch_size_per_rank} would make {now}; train.accumulation shares memory)", flush=True,
-            )  # fmt: skip
+                f"(the recipe's {spec.batch_size_per_rank} would make {now}; train.accumulation shares memory)"
+            )
     return recipe.model_copy(update={"tasks": tasks})
 
 
@@ -81,7 +83,7 @@ def resume(trainer: Trainer, found: Path | None) -> int:
     progress = checkpoint.load(found, trainer.state, place)
     trainer.usage = tuple(Usage(*(x.to(launch.device()) for x in layer)) for layer in progress.usage)
     if trainer.ranks.first:
-        print(f"going on from {found}, step {progress.step}", flush=True)
+        say(f"going on from {found}, step {progress.step}")
     return progress.step
 
 
@@ -102,7 +104,7 @@ def place_experts(trainer: Trainer, usage: Sequence[Usage]) -> list[Order]:
         if ranks > 1:
             told.append(f"{path} {imbalance(load_E, ranks):.2f} -> {imbalance(load_E[list(order)], ranks):.2f}")
     if trainer.ranks.first:
-        print(f"experts placed, busiest rank / mean: {', '.join(told) or 'no layer is spread over ranks'}", flush=True)
+        say(f"experts placed, busiest rank / mean: {', '.join(told) or 'no layer is spread over ranks'}")
     return [tuple(order) for order in broadcast_json(orders)]
 
 

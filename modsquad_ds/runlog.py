@@ -6,7 +6,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from typing_extensions import Self
 
 from modsquad_ds.config import LogSpec
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import write_atomic
+from modsquad_ds.files import say, write_atomic
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -74,7 +73,7 @@ class RunLog:
         try:
             call(*values, **settings)
         except Exception as error:
-            _say(f"wandb: failed ({error}); going on without it, {self.metrics.path} has every record")
+            say(f"wandb: failed ({error}); going on without it, {self.metrics.path} has every record")
             self.wandb = None
 
     def advance(self, step: int) -> None:
@@ -91,7 +90,7 @@ class RunLog:
         if not self.console.is_terminal and (now - self.said > LINE_SECONDS or done == self.steps):
             self.said = now
             left = (now - self.began) / max(1, done - self.start) * (self.steps - done)
-            _say(f"step {done}/{self.steps}  {text}  {_clock(left)} left")
+            say(f"step {done}/{self.steps}  {text}  {_clock(left)} left")
 
 
 class Metrics:
@@ -118,10 +117,10 @@ class Metrics:
             self._write(b"".join(self.waiting))
         except OSError as error:
             if not failing:
-                _say(f"{self.path}: cannot be written ({error.strerror}); records wait in memory, training goes on")
+                say(f"{self.path}: cannot be written ({error.strerror}); records wait in memory, training goes on")
             return
         if failing:
-            _say(f"{self.path}: can be written again, with the {len(self.waiting) - 1} records that waited")
+            say(f"{self.path}: can be written again, with the {len(self.waiting) - 1} records that waited")
         self.waiting.clear()
 
     def _write(self, data: bytes) -> None:
@@ -137,7 +136,7 @@ class Metrics:
     def close(self) -> None:
         """Say what is lost, if anything."""
         if self.waiting:
-            _say(f"{self.path}: could not be written to the end; the last {len(self.waiting)} records are lost")
+            say(f"{self.path}: could not be written to the end; the last {len(self.waiting)} records are lost")
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -212,17 +211,12 @@ def _start_wandb(run: Path, name: str, spec: LogSpec, start: int) -> Any:
         try:
             return begin("online")
         except (wandb.errors.Error, OSError) as error:
-            _say(f"wandb: not online ({error}); `wandb sync {run}/wandb/offline-*` uploads the records later")
+            say(f"wandb: not online ({error}); `wandb sync {run}/wandb/offline-*` uploads the records later")
     try:
         return begin("offline")
     except (wandb.errors.Error, OSError) as error:
-        _say(f"wandb: failed ({error}); going on without it, {run}/metrics.jsonl has every record")
+        say(f"wandb: failed ({error}); going on without it, {run}/metrics.jsonl has every record")
         return None
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # standard output lies on the full disk too: nobody can be told
-        print(text, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from modsquad_ds import checkpoint
 from modsquad_ds.checkpoint import Progress, Written
+from modsquad_ds.files import say
 from modsquad_ds.parallel.collectives import broadcast_json, gather_json
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.state import TrainingState
@@ -180,5 +181,5 @@ class Saver:
             shutil.rmtree(checkpoint.partial_of(final), ignore_errors=True)
             good = checkpoint.complete_checkpoints(self.run)
             last = f"the last good one is {good[-1]}" if good else "there is no other one yet"
-            print(f"checkpoint {final} could not be written ({'; '.join(told)}); {last}; going on", flush=True)
+            say(f"checkpoint {final} could not be written ({'; '.join(told)}); {last}; going on")
         return bool(told)

@@ -15,7 +15,7 @@ from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.data.loader import TRAIN, LoaderPlan, check_data, train_loader
 from modsquad_ds.errors import Stopped, UserError
-from modsquad_ds.files import make_folder, write_json
+from modsquad_ds.files import make_folder, say, write_json
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.frozen import overlaid
@@ -77,7 +77,7 @@ def _train(recipe: Recipe, stop: StopSignal) -> None:
         launch.stop()
         raise stopped(done, recipe.train.steps, last)
     if ranks.first:
-        print(saver.summary(), flush=True)
+        say(saver.summary())
     if prune is not None and prune.at_step in (None, recipe.train.steps):
         hide_unused(trainer.network, recipe, prune, trainer.usage)
     save_model(trainer, plan)

@@ -129,6 +129,54 @@ def a_damaged_one_gives_way(trainer: Trainer, folder: Path) -> None:
     assert resume(build_trainer(trainer.recipe, trainer.ranks)) == 1
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["damaged-step-00000002", "step-00000001"]
     assert resume(build_trainer(trainer.recipe, trainer.ranks)) == 1, "it is not looked at again"
+    (folder_of(run, 1) / "state.json").unlink()
+    for start in ("first", "again"):
+        with pytest.raises(UserError, match=r"no checkpoint under .* is whole .*state.json cannot be read \(.*No such file"):
+            resume(build_trainer(trainer.recipe, trainer.ranks))
+        assert (run / "checkpoints/step-00000001").is_dir(), f"{start}: it does not begin anew"
+
+
+def test_an_old_one_that_stays_does_not_spoil_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Network file systems refuse to remove a folder while somebody reads in it."""
+    old, new = folder_of(tmp_path, 1), folder_of(tmp_path, 2)
+    old.mkdir(parents=True)
+    (old / "state.json").write_text("{}")
+    checkpoint.partial_of(new).mkdir()
+    remove = checkpoint._remove
+
+    def busy(folder: Path) -> None:
+        if folder == old:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "_remove", busy)
+    checkpoint.publish(new, {}, [], keep=1)
+    assert complete_checkpoints(tmp_path) == [old, new]
+    assert f"old checkpoint {old} could not be removed ([Errno 16]" in capsys.readouterr().out
+
+
+def without_words(rank: int, world: int, folder: Path) -> str:
+    """Standard output lies on the disk that is full, too."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    trainer = build_trainer(
+        small_recipe(**{"run": str(folder / "run"), "deepspeed_config": config_file(folder, 2)}), launch.start()
+    )
+    saver = saver_of(trainer)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        saver.begin(trainer.state, Progress(1, trainer.usage), {})
+        return str(saver.settle())
+
+
+@pytest.mark.dist
+def test_a_full_disk_that_holds_the_log_too_ends_nothing(tmp_path: Path) -> None:
+    assert run_ranks(1, without_words, tmp_path) == ["None"]
 
 
 def saver_of(trainer: Trainer) -> Saver:
@@ -139,7 +187,7 @@ def saver_of(trainer: Trainer) -> Saver:
 def test_what_is_written_and_what_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(1, alone, tmp_path)
     told = capfd.readouterr().out
-    assert "rank-00000.safetensors differs from its checksum; put aside as " in told and "trying the one before" in told
+    assert "rank-00000.safetensors differs from its checksum; put aside as " in told and "going on from the one before" in told
 
 
 def on_a_disk_of_its_own(rank: int, world: int, folder: Path) -> str:
