@@ -92,9 +92,12 @@ def _named(run: Path) -> list[Path]:
 
 
 def clear_remains(run: Path) -> None:
-    """Remove what a killed job left half written. Called by one rank, before any of this life's checkpoints."""
+    """Remove what a killed job left half written. Called by one rank, before this life writes anything."""
     for folder in (run / "checkpoints").glob(".partial-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    for name in ("model.safetensors", "metrics.jsonl", "recipe.json"):
+        for file in run.glob(f".partial-{name}-*"):  # of `write_atomic`; a model's is as large as the model
+            file.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- writing
@@ -260,7 +263,7 @@ class _Reader:
     """Full tensors out of all ranks' pieces, with experts moved."""
 
     def __init__(self, folder: Path, content: dict[str, Any], moves: Mapping[str, Move]) -> None:
-        self.shapes, self.moves = content["shapes"], moves
+        self.folder, self.shapes, self.moves = folder, content["shapes"], moves
         self.places: dict[tuple[str, str], list[tuple[Path, str, int, int]]] = defaultdict(list)
         self.open: dict[Path, Any] = {}
         for path in (folder / entry["file"] for entry in content["files"] if entry["file"] != SHARED):
@@ -279,9 +282,10 @@ class _Reader:
             whole[start : start + numel] = self.open[path].get_tensor(key)
             filled += numel
         if filled != size:
-            where = sorted({str(place[0].parent) for place in self.places[name, kind]})
-            what = f"{kind} of {name} has {filled} of {size} elements"
-            raise UserError(f"checkpoint {', '.join(where)}: {what}; use an older checkpoint")
+            what, way = f"{kind} of {name} has {filled} of {size} elements", "use an older checkpoint"
+            if kind == "average" and not filled:
+                what, way = "holds no average of the weights", "resume with train.ema=0, or start a new run folder (run=...)"
+            raise UserError(f"checkpoint {self.folder}: {what}; {way}")
         if name in self.moves:
             whole = moved(whole.view(self.shapes[name]), self.moves[name]).flatten()
         return whole

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from modsquad_ds.config import LogSpec
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import say, write_atomic
+from modsquad_ds.files import say, sync, write_atomic
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -75,6 +76,11 @@ class RunLog:
         except Exception as error:
             say(f"wandb: failed ({error}); going on without it, {self.metrics.path} has every record")
             self.wandb = None
+
+    def sync(self) -> None:
+        """Bring the records to disk for good, before a checkpoint that goes on from them: a node that crashes leaves no gap."""
+        with suppress(OSError):  # told when the record could not be written
+            sync(self.metrics.path)
 
     def advance(self, step: int) -> None:
         """Move the bar."""

@@ -25,7 +25,7 @@ from modsquad_ds.resume import find, progress_of, resume, with_same_batch
 from modsquad_ds.runlog import RunLog
 from modsquad_ds.saving import Saver
 from modsquad_ds.signals import StopSignal
-from modsquad_ds.trainer import Trainer, Votes, build_trainer, record_of, stop_if_not_finite, train_step, widened
+from modsquad_ds.trainer import Trainer, Votes, build_trainer, is_finite, record_of, stop_if_not_finite, train_step, widened
 
 
 class End(NamedTuple):
@@ -103,6 +103,8 @@ def loop(
         done, now = step + 1, time.monotonic()
         record = record_of(trainer, report, work, done, now - clock) | {"checkpoint_seconds": sum(saver.pauses)}
         clock = now
+        if not is_finite(record):
+            saver.settle()  # what is on its way is the last good one
         stop_if_not_finite(trainer, record)
         if log is not None:
             log.advance(done)
@@ -116,6 +118,8 @@ def loop(
         wanted = due(done, spec.checkpoint_every, spec.steps) or (prune is not None and done == prune.at_step)
         if wanted or agreed.due or agreed.stop:
             watchdog.tell(done, "saving")
+            if log is not None:
+                log.sync()
             saver.begin(trainer.state, Progress(done, trainer.usage, trainer.chosen, trainer.origin), images)
             clock = saved = time.monotonic()
         if agreed.stop:

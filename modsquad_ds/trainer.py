@@ -197,12 +197,17 @@ def record_of(trainer: Trainer, report: Report, work: Work, step: int, seconds: 
     }
 
 
+def is_finite(record: Mapping[str, Any]) -> bool:
+    """Whether training can go on from a step's loss and gradient; the same on every rank."""
+    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"] or 0.0)
+
+
 def stop_if_not_finite(trainer: Trainer, record: Mapping[str, Any]) -> None:
     """Raise UserError on a NaN or infinite loss or gradient, naming step, task and last good checkpoint.
 
     All ranks see the same values. DeepSpeed would go on with such gradients and skip every update, with no more than a warning.
     """
-    if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"] or 0.0):
+    if is_finite(record):
         return
     tasks = [t for t in trainer.network.task_names if not math.isfinite(record.get(f"loss/{t}", 0.0))]
     good = checkpoint.complete_checkpoints(trainer.recipe.run)

@@ -98,6 +98,8 @@ def one_process(rank: int, world: int, folder: str) -> list[str]:
         resume(build_trainer(wider, ranks))
     with pytest.raises(UserError, match=r"tasks digits, scenes, textures in this order, the recipe has textures, digits, scenes"):
         resume(build_trainer(reordered(recipe), ranks))
+    with pytest.raises(UserError, match=r"step-00000003: holds no average of the weights; resume with train.ema=0"):
+        resume(build_trainer(recipe_of(str(run), 1, config, **{"train.ema": 0.5}), ranks))
     with pytest.raises(UserError, match=r"3 steps are done, train.steps is 2"):
         resume(build_trainer(recipe_of(str(run), 1, config, **{"train.steps": 2}), ranks))
     for damage, message in DAMAGE.items():
@@ -166,6 +168,17 @@ def test_a_removed_checkpoint_loses_its_name_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(shutil, "rmtree", watched)
     checkpoint._remove(folder)
     assert seen == [[]] and not list(folder.parent.iterdir())
+
+
+def test_what_a_killed_job_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    whole = checkpoint.folder_of(tmp_path, 1)
+    for folder in (whole, checkpoint.partial_of(checkpoint.folder_of(tmp_path, 2))):
+        folder.mkdir(parents=True)
+    for name in ("model.safetensors", ".partial-model.safetensors-77", ".partial-metrics.jsonl-8", ".partial-evaluation.json-9"):
+        (tmp_path / name).touch()
+    checkpoint.clear_remains(tmp_path)
+    left = {".partial-evaluation.json-9", "checkpoints", "model.safetensors"}  # an evaluation may be at work beside training
+    assert {path.name for path in tmp_path.iterdir()} == left and list((tmp_path / "checkpoints").iterdir()) == [whole]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -185,6 +185,23 @@ def test_output_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_records_are_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Any] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    with RunLog(tmp_path, "r", QUIET, 0, 1) as log:
+        log.sync()  # nothing to flush yet, which is no mistake
+        log.record(record_of(1))
+        monkeypatch.setattr(os, "fsync", watched)
+        log.sync()
+    path = tmp_path / "metrics.jsonl"
+    assert flushed == [(str(path), path.stat().st_size)]
+
+
 # ---------------------------------------------------------------- the terminal
 
 

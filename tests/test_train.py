@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from modsquad_ds import train
 from modsquad_ds.checkpoint import folder_of
 from modsquad_ds.config import ParallelSpec, Recipe
 from modsquad_ds.errors import UserError
@@ -118,6 +119,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -
     stop_if_not_finite(trainer, finite)
     with pytest.raises(UserError, match="gradient norm inf"):
         stop_if_not_finite(trainer, {**finite, "grad_norm": float("inf")})
+
+
+def test_the_checkpoint_on_its_way_is_finished_before_a_loss_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the last good one, and the run's last words name it."""
+    trainer = fake_trainer(tmp_path)
+    trainer.recipe.train = SimpleNamespace(steps=9, workers=0, checkpoint_minutes=0, accumulation=1)
+    trainer.recipe.adapt = SimpleNamespace(prune=None)
+    nan = {"step": 5, "loss": float("nan"), "grad_norm": 1.0}
+    monkeypatch.setattr(train, "train_loader", lambda *_: [])
+    monkeypatch.setattr(train, "train_step", lambda *_: (None, None))
+    monkeypatch.setattr(train, "record_of", lambda *_: nan)
+
+    def settle() -> None:
+        folder_of(tmp_path, 4).mkdir(parents=True)
+        (folder_of(tmp_path, 4) / "state.json").write_text("{}")
+
+    saver: Any = SimpleNamespace(writing=True, pauses=[], settle=settle)
+    plan: Any = SimpleNamespace(tasks={})
+    with pytest.raises(UserError, match=r"step 5: .*last good checkpoint: .*step-00000004"):
+        train.loop(trainer, plan, 4, saver, SimpleNamespace(asked=False), None)  # type: ignore[arg-type]
 
 
 def test_a_run_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
