@@ -104,10 +104,14 @@ def clear_remains(run: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Written:
-    """Write a safetensors file to disk for good."""
+    """Write a safetensors file to disk for good. Each of the three things that may take long is progress of its own."""
     save_file(tensors, path, metadata)
+    watchdog.tell_beside()
     sync(path)
-    return Written(path.name, path.stat().st_size, sha256_of(path))
+    watchdog.tell_beside()
+    written = Written(path.name, path.stat().st_size, sha256_of(path))
+    watchdog.tell_beside()
+    return written
 
 
 def publish(final: Path, content: dict[str, Any], files: Sequence[Written], keep: int) -> None:

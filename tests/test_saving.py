@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from modsquad_ds import checkpoint
 from modsquad_ds.checkpoint import Progress, Written, complete_checkpoints, folder_of
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.errors import Stopped, UserError
-from modsquad_ds.parallel import launch
+from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.resume import with_same_batch
 from modsquad_ds.saving import Saver
@@ -155,6 +156,30 @@ def test_an_old_one_that_stays_does_not_spoil_the_new_one(
     checkpoint.publish(new, {}, [], keep=1)
     assert complete_checkpoints(tmp_path) == [old, new]
     assert f"old checkpoint {old} could not be removed ([Errno 16]" in capsys.readouterr().out
+
+
+def on_a_slow_disk(rank: int, world: int, folder: Path) -> str:
+    """Rank 0's two files take longer than the ranks may stand still; neither of them does."""
+    recipe = small_recipe(**{"run": str(folder / "run"), "deepspeed_config": config_file(folder, 2), "parallel.ep_size": 2})
+    trainer = build_trainer(recipe, launch.start(collective_timeout=5))
+    saver, write = saver_of(trainer), checkpoint.write_tensors
+
+    def slowly(path: Path, *rest: Any) -> Written:
+        time.sleep(3.5)
+        return write(path, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", slowly)
+        watchdog.tell(1, "saving")
+        saver.begin(trainer.state, Progress(1, trainer.usage), {})
+        final = saver.settle()
+    watchdog.stop()
+    return final.name if final is not None else ""
+
+
+@pytest.mark.dist
+def test_a_slow_disk_is_no_rank_that_hangs(tmp_path: Path) -> None:
+    assert run_ranks(2, on_a_slow_disk, tmp_path) == ["step-00000001"] * 2
 
 
 def without_words(rank: int, world: int, folder: Path) -> str:

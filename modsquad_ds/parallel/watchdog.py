@@ -127,6 +127,7 @@ class _Where(NamedTuple):
 
 
 _where = _Where()
+_beside = 0
 _active: "_Watchdog | None" = None
 _starts = 0
 
@@ -139,6 +140,12 @@ def tell(step: int | None = None, phase: Phase | None = None) -> None:
     global _where
     progress, old_step, old_phase = _where
     _where = _Where(progress + 1, old_step if step is None else step, phase or old_phase)
+
+
+def tell_beside() -> None:
+    """Say the same from the one thread that works beside training, which brings a checkpoint to disk; step and phase stay."""
+    global _beside
+    _beside += 1
 
 
 def start(ranks: Ranks, timeout: float) -> None:
@@ -281,7 +288,7 @@ class _Watchdog:
 
     def _beat(self, number: int) -> Beat:
         where, (place, waits) = _where, _place_of(threading.main_thread().ident)
-        return Beat(number, self.node, where.progress, where.step, where.phase, place, waits, self.broken, self.code)
+        return Beat(number, self.node, where.progress + _beside, where.step, where.phase, place, waits, self.broken, self.code)
 
     # ------------------------------------------------------------ the thread that judges
 
