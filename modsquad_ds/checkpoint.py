@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ def clear_remains(run: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("model.safetensors", "metrics.jsonl", "recipe.json"):
         for file in run.glob(f".partial-{name}-*"):  # of `write_atomic`; a model's is as large as the model
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
 
 
 # ---------------------------------------------------------------- writing

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ def make_folder(folder: Path, key: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key} {folder}: cannot be written to ({error.strerror}); give another folder ({key}=...)") from None
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[Path]:
+    """Inside, a disk that is full or refuses to be written ends in a UserError that names `path`, a file of the run folder."""
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give another folder (run=...)") from None
 
 
 def check_new_file(path: Path, option: str, overwrite: bool = False) -> None:

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from modsquad_ds.config import LogSpec
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import say, sync, write_atomic
+from modsquad_ds.files import say, sync, write_atomic, writing_to
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -107,10 +107,8 @@ class Metrics:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        try:
+        with writing_to(path):
             forget_after(path, start)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give another folder (run=...)") from None
         self.waiting: list[bytes] = []
         self.whole: int | None = None
         """Size of the file up to its last whole record; None while no write failed, when that is all of it."""

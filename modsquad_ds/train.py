@@ -15,7 +15,7 @@ from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.data.loader import TRAIN, LoaderPlan, check_data, train_loader
 from modsquad_ds.errors import Stopped, UserError
-from modsquad_ds.files import make_folder, say, write_json
+from modsquad_ds.files import make_folder, say, write_json, writing_to
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.frozen import overlaid
@@ -67,7 +67,8 @@ def _train(recipe: Recipe, stop: StopSignal) -> None:
     if prune is not None:
         hide_unused(trainer.network, recipe, prune, ())
     if ranks.first:
-        write_json(recipe.run / "recipe.json", recipe_to_tree(recipe))
+        with writing_to(recipe.run / "recipe.json") as path:
+            write_json(path, recipe_to_tree(recipe))
     saver = Saver(recipe.run, recipe_to_tree(recipe), ranks, recipe.train.keep_checkpoints)
     with RunLog(recipe.run, recipe.name, recipe.log, start, recipe.train.steps) if ranks.first else nullcontext() as log:
         trainer, done, early = loop(trainer, plan, start, saver, stop, log)
@@ -147,7 +148,8 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
         model = ModelFile(trainer.recipe, state, class_names(trainer, plan), trainer.usage)
         if trainer.recipe.adapt.prune is not None:
             model = without_unseen(model)
-        write_model(trainer.recipe.run / "model.safetensors", model)
+        with writing_to(trainer.recipe.run / "model.safetensors") as path:
+            write_model(path, model)
 
 
 def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:

@@ -1,5 +1,7 @@
 """The training step: weighted sampling and accumulation over ranks, averaged weights, the stop at a NaN or infinite loss."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from modsquad_ds import train
 from modsquad_ds.checkpoint import folder_of
 from modsquad_ds.config import ParallelSpec, Recipe
 from modsquad_ds.errors import UserError
-from modsquad_ds.files import make_folder
+from modsquad_ds.files import make_folder, writing_to
 from modsquad_ds.objective import Report
 from modsquad_ds.parallel import launch
 from modsquad_ds.train import due
@@ -152,6 +154,14 @@ def test_a_run_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b", "run")
     make_folder(tmp_path / "a" / "b", "run")
     assert not list((tmp_path / "a" / "b").iterdir())
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    message = r"model.safetensors: cannot be written \(No space left on device\); make room or give another folder"
+    with pytest.raises(UserError, match=message), writing_to(path) as given:
+        assert given == path
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_due() -> None:
