@@ -13,6 +13,7 @@ Weights and state are fp32, so at the same topology training goes on bit for bit
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -246,7 +247,7 @@ def load(folder: Path, state: TrainingState, place: Place | None = None) -> Prog
         orders = place(usage)
         moves, usage = expert_moves(state.engine.module, orders), permute_usage(usage, orders)
     reader = _Reader(folder, content, moves)
-    state.load(reader.full, content["optimizer_step"])
+    state.load(reader.cut, content["optimizer_step"])
     buffers = {name: tensors.get_tensor(f"buffer.{name}") for name in state.buffers()}
     state.load_buffers(permute_experts(buffers, moves))
     return Progress(content["step"], usage, tuple(map(tuple, content["chosen"])), content["origin"])
@@ -266,7 +267,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Full tensors out of all ranks' pieces, with experts moved."""
+    """Parts of full tensors out of all ranks' pieces, with experts moved."""
 
     def __init__(self, folder: Path, content: dict[str, Any], moves: Mapping[str, Move]) -> None:
         self.folder, self.shapes, self.moves = folder, content["shapes"], moves
@@ -277,24 +278,30 @@ class _Reader:
             for key, name, kind, start, numel in json.loads(self.open[path].metadata()["pieces"]):
                 self.places[name, kind].append((path, key, start, numel))
 
-    def full(self, name: str, kind: str) -> Tensor:
-        """One full tensor, flattened, fp32. Raises UserError where pieces are missing."""
+    def cut(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of a flattened full tensor, fp32. Raises UserError where pieces are missing.
+
+        Of the files no more is read than that, where experts stay: else every rank would read all of the checkpoint.
+        """
         watchdog.tell()
-        size = 1
-        for n in self.shapes[name]:
-            size *= n
-        whole, filled = torch.empty(size), 0
-        for path, key, start, numel in self.places[name, kind]:
-            whole[start : start + numel] = self.open[path].get_tensor(key)
-            filled += numel
-        if filled != size:
-            what, way = f"{kind} of {name} has {filled} of {size} elements", "use an older checkpoint"
+        if name not in self.moves:
+            return self._read(name, kind, start, stop)
+        shape = self.shapes[name]
+        return moved(self._read(name, kind, 0, math.prod(shape)).view(shape), self.moves[name]).flatten()[start:stop]
+
+    def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        part, filled = torch.empty(stop - start), 0
+        for path, key, first, numel in self.places[name, kind]:
+            low, high = max(start, first), min(stop, first + numel)
+            if low < high:
+                part[low - start : high - start] = self.open[path].get_slice(key)[low - first : high - first]
+                filled += high - low
+        if filled != stop - start:
+            what, way = f"{kind} of {name} has {filled} of {stop - start} elements", "use an older checkpoint"
             if kind == "average" and not filled:
                 what, way = "holds no average of the weights", "resume with train.ema=0, or start a new run folder (run=...)"
             raise UserError(f"checkpoint {self.folder}: {what}; {way}")
-        if name in self.moves:
-            whole = moved(whole.view(self.shapes[name]), self.moves[name]).flatten()
-        return whole
+        return part
 
 
 def _open(path: Path) -> Any:

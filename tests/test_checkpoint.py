@@ -13,6 +13,7 @@ from modsquad_ds.config import Recipe, recipe_to_tree
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.state import step_count
+from modsquad_ds.placement import Move
 from modsquad_ds.trainer import build_trainer
 from ranks import run_ranks
 from small import small_recipe
@@ -168,6 +169,24 @@ def test_a_removed_checkpoint_loses_its_name_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(shutil, "rmtree", watched)
     checkpoint._remove(folder)
     assert seen == [[]] and not list(folder.parent.iterdir())
+
+
+def test_parts_of_a_tensor_come_out_of_the_pieces_they_lie_in(tmp_path: Path) -> None:
+    """A tensor of three experts with two elements each, 0 to 5, which two ranks wrote as 0 to 3 and 4 to 5."""
+    for rank, (first, last) in enumerate(((0, 4), (4, 6))):
+        index = json.dumps([("0", "w", "weight", first, last - first)])
+        checkpoint.write_tensors(tmp_path / f"{rank}", {"0": torch.arange(first, last).float()}, {"pieces": index})
+    content = {"shapes": {"w": [3, 2]}, "files": [{"file": "0"}, {"file": checkpoint.SHARED}, {"file": "1"}]}
+    reader = checkpoint._Reader(tmp_path, content, {})
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            assert reader.cut("w", "weight", start, stop).tolist() == list(range(start, stop))
+    turned = checkpoint._Reader(tmp_path, content, {"w": Move(0, (2, 0, 1))})
+    assert turned.cut("w", "weight", 1, 5).tolist() == [5, 0, 1, 2]
+    half = checkpoint._Reader(tmp_path, {**content, "files": content["files"][:1]}, {})
+    assert half.cut("w", "weight", 0, 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="weight of w has 1 of 3 elements; use an older checkpoint"):
+        half.cut("w", "weight", 3, 6)
 
 
 def test_what_a_killed_job_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ class _Owned(NamedTuple):
     """The share within the parameter, flattened."""
 
 
-Full = Callable[[str, str], Tensor]
-"""(name, kind) -> full tensor, flattened fp32 on the CPU."""
+Cut = Callable[[str, str, int, int], Tensor]
+"""(name, kind, start, stop) -> these elements of the flattened full tensor, fp32 on the CPU."""
 
 
 class TrainingState:
@@ -81,18 +81,19 @@ class TrainingState:
                 pieces.append(Piece(owned.name, "average", start, self.average[owned.name].flatten()[owned.there]))
         return pieces
 
-    def load(self, full: Full, optimizer_step: int) -> None:
-        """Overwrite weights and optimizer state from full tensors."""
+    def load(self, cut: Cut, optimizer_step: int) -> None:
+        """Overwrite weights and optimizer state with this rank's parts of full tensors."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                mine = self._mine(name, parameter, full(name, "weight"))
-                parameter.copy_(mine)
+                start = self._offset(name, parameter)
+                stop = start + parameter.numel()
+                parameter.copy_(cut(name, "weight", start, stop).view(parameter.shape))
                 if self.average:
-                    self.average[name].copy_(self._mine(name, parameter, full(name, "average")))
+                    self.average[name].copy_(cut(name, "average", start, stop).view(parameter.shape))
             for owned in self._owned(only_writer=False):
+                start, stop = owned.offset + owned.there.start, owned.offset + owned.there.stop
                 for kind in ("weight", *(MOMENTS if optimizer_step else ())):
-                    whole = self._mine(owned.name, owned.parameter, full(owned.name, kind)).flatten()
-                    self._live(owned, kind, optimizer_step)[owned.here].copy_(whole[owned.there])
+                    self._live(owned, kind, optimizer_step)[owned.here].copy_(cut(owned.name, kind, start, stop))
 
     def buffers(self) -> dict[str, Tensor]:
         """The network's buffers that belong to its state, such as batch statistics; live tensors."""
@@ -153,11 +154,6 @@ class TrainingState:
     def _offset(self, name: str, parameter: nn.Parameter) -> int:
         bank = self.banks.get(name)
         return 0 if bank is None else bank.first * (parameter.numel() // bank.local)
-
-    def _mine(self, name: str, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's part of a flattened full tensor, in the parameter's shape."""
-        offset = self._offset(name, parameter)
-        return whole[offset : offset + parameter.numel()].view(parameter.shape)
 
 
 def step_count(step: int, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
