@@ -18,6 +18,7 @@ from modsquad_ds.files import say
 from modsquad_ds.location import data_option
 from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
+from modsquad_ds.signals import ignore_more
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -211,6 +212,7 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:
+        ignore_more()
         ranks = _ranks()
         if ranks.first:
             say(str(stopped))

@@ -29,6 +29,12 @@ class StopSignal:
         self.asked = True
 
 
+def ignore_more() -> None:
+    """For a process that ends since it was asked to: to be asked again must not change its exit code."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_in_worker() -> None:
     """Leave signals to the main process: batch systems and terminals send them to every process of a job."""
     for number in (*ASKING, signal.SIGINT):

@@ -65,3 +65,23 @@ def test_launcher_argument_is_accepted_and_a_failing_rank_ends_the_job(tmp_path:
     found = run("--local_rank=0", "train", "quickstart", cwd=tmp_path, launcher=launcher)
     assert found.returncode != 0
     assert "64 images cannot be divided over 3 ranks" in found.stderr and time.monotonic() - began < 100
+
+
+ASKED_TO_STOP = """
+import atexit, os, signal
+from modsquad_ds import cli
+from modsquad_ds.errors import Stopped
+
+def app():
+    # When the interpreter ends, with a moment in which a batch system may be impatient.
+    atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGUSR1)])
+    raise Stopped("asked to stop after step 3 of 9")
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_run_that_was_asked_twice_to_stop_has_the_same_exit_code(tmp_path: Path) -> None:
+    found = run("-c", ASKED_TO_STOP, cwd=tmp_path, launcher=[sys.executable])
+    assert (found.returncode, found.stdout) == (75, "asked to stop after step 3 of 9\n"), found.stderr
