@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -167,6 +168,10 @@ JOBS = [
 AT = "rank {0} on node{0} (step 5, loading data, at ".format
 
 
+OF_TORCH = re.compile(r"^(\[[WE]\d|Exception raised from |frame #\d).*\n*", re.MULTILINE)
+"""Warnings of torch's C++ part: a store that is gone, or that was not there at the first try on a busy machine."""
+
+
 class Job(NamedTuple):
     """What came of a job, by rank."""
 
@@ -177,7 +182,7 @@ class Job(NamedTuple):
 
     @property
     def lines(self) -> list[str]:
-        """Of all ranks, without what torch's C++ part says when the store is gone."""
+        """Of all ranks."""
         return [line for text in self.said for line in text.splitlines() if line.startswith(("rank", "error", "Trace"))]
 
 
@@ -194,7 +199,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     for job in JOBS:
         names = [f"{job.split(':')[0]}.{job.split(':')[1]}.{rank}" for rank in range(3)]
         ends = [codes[name] for name in names]
-        found[job] = Job([c for c, _ in ends], [s for _, s in ends], [(folder / name).read_text() for name in names])
+        said = [OF_TORCH.sub("", (folder / name).read_text()) for name in names]
+        found[job] = Job([code for code, _ in ends], [seconds for _, seconds in ends], said)
     return found
 
 
@@ -204,12 +210,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     ("job", "culprit", "limit", "what"),
     [
         # Connections of gloo break at once: long before the limit of 40 s.
-        ("killed:1:40", 1, 20.0, "no sign of life"),
-        ("killed:0:40", 0, 20.0, "no sign of life"),
-        # No connection breaks: the limit of 6 s, beats, turns.
-        ("stopped:1:6", 1, 15.0, "no sign of life"),
-        ("stopped:0:6", 0, 15.0, "no sign of life"),
-        ("loops:1:6", 1, 15.0, "no progress for 6 s (parallel.collective_timeout 6); 2 other ranks wait"),
+        ("killed:1:40", 1, 30.0, "no sign of life"),
+        ("killed:0:40", 0, 30.0, "no sign of life"),
+        # No connection breaks: the limit of 6 s, beats, turns; a busy machine may double it.
+        ("stopped:1:6", 1, 30.0, "no sign of life"),
+        ("stopped:0:6", 0, 30.0, "no sign of life"),
+        ("loops:1:6", 1, 30.0, "no progress for 6 s (parallel.collective_timeout 6); 2 other ranks wait"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named(job: str, culprit: int, limit: float, what: str, jobs: dict[str, Job]) -> None:

@@ -9,7 +9,6 @@ codes, and the seconds from the moment at which the culprit went wrong to the en
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,8 @@ from modsquad_ds.parallel.ranks import Ranks
 from ranks import free_port
 
 WORLD, STEP, LAST = 3, 5, 8
+PAUSE = 9.0
+"""Longer than the limit of the job that is suspended."""
 
 
 def loop(how: str, culprit: int, timeout: float, mark: Path) -> None:
@@ -35,7 +36,7 @@ def loop(how: str, culprit: int, timeout: float, mark: Path) -> None:
     for step in range(1, LAST + 1):
         watchdog.tell(step, "loading data")
         if step == STEP:
-            if rank == culprit and how not in ("all", "paused"):
+            if rank == culprit and how != "all":
                 time.sleep(2 * watchdog.BEAT)  # so that a beat says where it was
                 mark.write_text(str(time.monotonic()))
             go_wrong(how, rank == culprit)
@@ -51,8 +52,7 @@ def go_wrong(how: str, culprit: bool) -> None:
     if how == "all":
         raise UserError("a mistake that all ranks meet")
     if how == "paused":
-        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
-        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(2.0)  # in which `pause` comes
     if not culprit:
         return
     if how == "killed":
@@ -70,9 +70,9 @@ def go_wrong(how: str, culprit: bool) -> None:
 
 
 def forever() -> NoReturn:
-    """The endless loop."""
+    """The endless loop; it leaves the processor to the other jobs."""
     while True:
-        pass
+        time.sleep(0.01)
 
 
 def start(folder: Path, case: str) -> dict[int, str]:
@@ -94,14 +94,34 @@ def start(folder: Path, case: str) -> dict[int, str]:
     return pids
 
 
+def pause(marks: list[Path], running: dict[int, str], since: dict[Path, float]) -> None:
+    """Suspend jobs whose mark is there, all ranks at once, and let them go on after PAUSE seconds."""
+    for mark in marks:
+        ranks = [pid for pid, name in running.items() if name.rsplit(".", 1)[0] == mark.name]
+        if mark.exists() and mark not in since:
+            since[mark] = time.monotonic()
+            for pid in ranks:
+                os.kill(pid, signal.SIGSTOP)
+        elif 0 < since.get(mark, 0.0) < time.monotonic() - PAUSE:
+            since[mark] = 0.0
+            for pid in ranks:
+                os.kill(pid, signal.SIGCONT)
+
+
 def main(folder: Path, cases: list[str]) -> None:
     """Run all cases; a rank that still stands is killed once the others of its job have ended."""
     running: dict[int, str] = {}
     for case in cases:
         running |= start(folder, case)
     codes: dict[str, tuple[int, float]] = {}
+    paused = [folder / case.rsplit(":", 1)[0].replace(":", ".") for case in cases if case.startswith("paused")]
+    since: dict[Path, float] = {}
     while running:
-        pid, status = os.wait()
+        pause(paused, running, since)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.02)
+            continue
         name = running.pop(pid)
         mark = folder / name.rsplit(".", 1)[0]
         seconds = time.monotonic() - float(mark.read_text()) if mark.exists() else 0.0
