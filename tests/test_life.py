@@ -181,7 +181,7 @@ def test_a_rank_that_is_killed_is_named_with_its_node_and_step(data: Path, tmp_p
     last = curve(run)[-1][0]
     assert jobs[0].returncode == 1
     (line,) = (line for line in text.splitlines() if "error: " in line)
-    named = r"rank 0: error: rank 1 on node1 \(step (\d+), \w+( data)?, at modsquad_ds\.\S+ \w+\): no sign of life"
+    named = r"rank 0: error: rank 1 on node1 \(step (\d+), \w+( data)?, at modsquad_ds\.\S+ \S+\): no sign of life"
     found = re.match(named, line)
     assert found and last - 5 <= int(found[1]) <= last + 1, (line, last)
     assert "Traceback" not in text
