@@ -162,7 +162,7 @@ def test_place_of_no_thread() -> None:
 # ---------------------------------------------------------------- jobs
 
 JOBS = [
-    "killed:1:40", "killed:0:40", "stopped:1:6", "stopped:0:6", "loops:1:6", "refuses:1:40", "refuses:0:40", "all:0:40",
+    "killed:1:40", "killed:0:40", "stopped:1:6", "stopped:0:6", "loops:1:10", "refuses:1:40", "refuses:0:40", "all:0:40",
     "fails:2:40", "leaves:1:40", "ends:0:6", "paused:0:6",
 ]  # fmt: skip
 AT = "rank {0} on node{0} (step 5, loading data, at ".format
@@ -215,7 +215,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         # No connection breaks: the limit of 6 s, beats, turns; a busy machine may double it.
         ("stopped:1:6", 1, 30.0, "no sign of life"),
         ("stopped:0:6", 0, 30.0, "no sign of life"),
-        ("loops:1:6", 1, 30.0, "no progress for 6 s (parallel.collective_timeout 6); 2 other ranks wait"),
+        ("loops:1:10", 1, 30.0, "no progress for 10 s (parallel.collective_timeout 10); 2 other ranks wait"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named(job: str, culprit: int, limit: float, what: str, jobs: dict[str, Job]) -> None:
