@@ -180,8 +180,8 @@ def test_a_part_cannot_learn_without_zero_and_placement(model: Path, tmp_path: P
 def test_checkpoints_by_the_clock(model: Path, tmp_path: Path) -> None:
     """With a limit that every step passes, each of the four steps leaves one; without, the last alone."""
     recipe = str(recipe_file(tmp_path, model))
-    for minutes, steps in ((1e-6, [1, 2, 3, 4]), (0, [4])):
-        changes = [f"run={tmp_path / f'by-{minutes}'}", f"train.checkpoint_minutes={minutes:.7f}", "train.keep_checkpoints=9"]
+    for minutes, steps in ((1e-10, [1, 2, 3, 4]), (0, [4])):
+        changes = [f"run={tmp_path / f'by-{minutes}'}", f"train.checkpoint_minutes={minutes:.11f}", "train.keep_checkpoints=9"]
         run_ranks(1, launched, recipe, [*changes, "log.wandb=disabled"])
         found = sorted(path.name for path in (tmp_path / f"by-{minutes}" / "checkpoints").iterdir())
         assert found == [f"step-{step:08d}" for step in steps]
