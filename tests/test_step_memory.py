@@ -72,8 +72,11 @@ CASES = {
 }  # fmt: skip
 
 
-TRIES = 4
-"""Steps of which the one that holds least counts: gloo's threads let go of what they sent a moment later, at random."""
+TRIES = 5
+"""Steps whose least is compared closely, and whose median as what a user relies on.
+
+Gloo's threads let go of what they sent a moment later, at random.
+"""
 
 
 class Measured(NamedTuple):
@@ -84,6 +87,8 @@ class Measured(NamedTuple):
     """Weights and optimizer between two steps."""
     step: int
     """Most that a step, its batch included, adds to them; of several steps, the least."""
+    usual: int
+    """The median of those steps."""
     exchanged: int
     summed: int
 
@@ -106,12 +111,13 @@ def measure(rank: int, world: int, recipes: list[Recipe], devices: list[str]) ->
             trainer = build_trainer(recipe, ranks)
             one_step(trainer, 0)  # optimizer states come to be
             states = tensor_bytes() - before
-            step = min(peak_of_step(trainer, number) for number in range(1, 1 + TRIES))
+            peaks = sorted(peak_of_step(trainer, number) for number in range(1, 1 + TRIES))
             with counted(timed=False) as traffic:
                 one_step(trainer, 1 + TRIES)
         weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in trainer.network.parameters()}
         rows, summed = traffic.totals().get("rows"), traffic.by_deepspeed()
-        found.append(Measured(sum(weights.values()), states, step, rows.bytes if rows else 0, summed.bytes))
+        exchanged = rows.bytes if rows else 0
+        found.append(Measured(sum(weights.values()), states, peaks[0], peaks[TRIES // 2], exchanged, summed.bytes))
         trainer.engine.destroy()
         del trainer
     return found
@@ -190,11 +196,12 @@ def test_estimate_is_what_a_real_step_holds(name: str, measured: dict[str, tuple
     recipe, of_ranks = measured[name]
     held, _, _ = estimate(recipe, 2, CASES[name].device)
     # One rank's experts get more rows than the other's: even rows are the mean of both.
-    weights, states, step, _, _ = (sum(values) / len(of_ranks) for values in zip(*of_ranks, strict=True))
+    weights, states, step, usual, _, _ = (sum(values) / len(of_ranks) for values in zip(*of_ranks, strict=True))
     assert held.weights == pytest.approx(weights, rel=0.001)
     assert held.weights + held.optimizer == pytest.approx(states, rel=0.02)
     assert held.gradients + held.buffers + held.activations == pytest.approx(step, rel=0.12)
     assert held.total == pytest.approx(states + step, rel=0.10)
+    assert held.total == pytest.approx(states + usual, rel=0.15)
 
 
 @pytest.mark.dist
