@@ -6,9 +6,10 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from modsquad_ds import __version__, cli_modular
 from modsquad_ds.cli_bench import bench
@@ -20,7 +21,20 @@ from modsquad_ds.parallel import watchdog
 from modsquad_ds.parallel.ranks import Ranks, check_world, ranks_from
 from modsquad_ds.signals import ignore_more
 
+
+class Commands(TyperGroup):
+    """Typer takes an EOFError for Ctrl-D at a prompt and says "Aborted."; nothing prompts here, so it is a fault to be shown."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise RuntimeError(f"unexpected end of data: {error}") from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -219,6 +233,11 @@ def main() -> None:
         _end(STOPPED_CODE, ranks)
     except UserError as error:
         _leave(2, f"error: {error}", _ranks())
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        # Typer's end, after its own words or without (Ctrl-C, nobody reads our output): the other ranks have to end too.
+        _end(ended.code if isinstance(ended.code, int) else 1, _ranks())
     except Exception:
         ranks = _ranks()
         if ranks.world == 1:

@@ -11,8 +11,10 @@ import pytest
 MODULE = [sys.executable, "-m", "modsquad_ds"]
 
 
-def run(*arguments: str, cwd: Path, launcher: list[str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+def run(
+    *arguments: str, cwd: Path, launcher: list[str] | None = None, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **(env or {})}
     command = [*(launcher or MODULE), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -85,3 +87,32 @@ cli.main()
 def test_a_run_that_was_asked_twice_to_stop_has_the_same_exit_code(tmp_path: Path) -> None:
     found = run("-c", ASKED_TO_STOP, cwd=tmp_path, launcher=[sys.executable])
     assert (found.returncode, found.stdout) == (75, "asked to stop after step 3 of 9\n"), found.stderr
+
+
+ENDS_ON_ONE_RANK = """
+import os, sys
+from modsquad_ds import cli
+from modsquad_ds.parallel import watchdog
+
+@cli.app.command()
+def fail(how: str) -> None:
+    if how == "end of data":
+        raise EOFError("Ran out of input")
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    raise BrokenPipeError(32, "nobody reads")
+
+watchdog.suspect = lambda: None
+watchdog.leave = lambda code: print("told the others", code, flush=True)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("end of data", 1), ("interrupt", 130), ("broken pipe", 1)])
+def test_what_the_command_line_library_ends_itself_ends_the_other_ranks_too(tmp_path: Path, how: str, code: int) -> None:
+    """It takes some errors for a user's wish, and would end this rank with code and word of its own."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    found = run("-c", ENDS_ON_ONE_RANK, "fail", how, cwd=tmp_path, launcher=[sys.executable], env=ranks)
+    assert (found.returncode, found.stdout) == (code, f"told the others {code}\n"), found.stderr
+    assert ("EOFError: Ran out of input" in found.stderr) == (how == "end of data")
+    assert "Aborted" not in found.stderr

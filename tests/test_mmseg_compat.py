@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -77,3 +78,33 @@ def test_iou_metric_is_mmsegmentations() -> None:
     assert metric.__module__ == "mmseg.evaluation.metrics.iou_metric"
     areas = metric.intersect_and_union(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 255]), 2, 255)
     assert [area.tolist() for area in areas] == [[1, 1], [1, 1], [1, 1], [1, 1]]
+
+
+def test_nothing_is_read_from_the_users_cache_folder(tmp_path: Path) -> None:
+    """Where two ranks start at once, one would read what the other has written half: here a grammar that is empty."""
+    everywhere = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "import yapf"], env=everywhere, timeout=120, check=True)
+    grammars = list(tmp_path.rglob("*.pickle"))
+    assert grammars
+    for grammar in grammars:
+        grammar.write_bytes(b"")
+    code = """
+from modsquad_ds import mmseg_compat
+mmseg_compat.fcn_head(in_channels=8, in_index=0, channels=8, num_classes=2, out_channels=2, norm_cfg={"type": "BN"})
+mmseg_compat.iou_metric()
+import mmengine, sys
+assert not [name for name in sys.modules if name.startswith("yapf")]
+try:
+    mmengine.Config({"a": 1}).pretty_text
+except SyntaxError:
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=everywhere, cwd=PACKAGE.parent, timeout=120)
+    assert done.returncode == 7  # the formatter is there once it is asked for, and then meets the empty file
+
+
+def test_the_formatter_works_once_it_is_asked_for() -> None:
+    from mmengine import Config
+
+    mmseg_compat.iou_metric()
+    assert Config({"a": [1]}).pretty_text.strip() == "a = [\n    1,\n]"
