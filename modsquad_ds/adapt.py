@@ -26,7 +26,7 @@ from modsquad_ds.plan import loader_plan
 from modsquad_ds.selection import candidates, kept_by_usage
 from modsquad_ds.surgery import extract
 from modsquad_ds.tables import ADAPTED, without_memory
-from modsquad_ds.tasks import KINDS
+from modsquad_ds.tasks import metrics_of
 from modsquad_ds.trainable import Trainable, count_trainable
 
 RUNS = 5
@@ -82,7 +82,7 @@ def _print(recipe: Recipe, trained: int, costs: dict[str, dict[str, float]], res
     for heading in ("trained", "parameters", "active", "GFLOPs an image", "held-out metric"):
         table.add_column(heading, justify="right")
     for task, of_task in costs.items():
-        metric = KINDS[recipe.active[task].kind].metrics[0]
+        metric = metrics_of(recipe.active[task])[0]
         value = results[task][metric]
         shown = f"{metric} {'-' if value is None else f'{value:.3f}'}"
         numbers = (f"{n:,}" for n in (trained, of_task["total"], of_task["active"]))

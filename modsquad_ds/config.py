@@ -18,7 +18,7 @@ from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
 from modsquad_ds.errors import UserError
 from modsquad_ds.location import DataPlace
 from modsquad_ds.model_spec import ModelSpec
-from modsquad_ds.tasks import CLASSIFICATION, KINDS, Strict, TaskSpec
+from modsquad_ds.tasks import CLASSIFICATION, TASK_KINDS, ImageSet, Strict, TaskSpec, completed_set_task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -175,6 +175,8 @@ class Recipe(Strict):
     """Mean of the pixels' channels (RGB, 0 to 255), and their standard deviation."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     model: ModelSpec
+    sets: dict[str, ImageSet] = Field(default_factory=dict)
+    """Images that several tasks have labels on."""
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     loss: LossSpec = LossSpec()
     train: TrainSpec
@@ -184,14 +186,28 @@ class Recipe(Strict):
     """Start from a file's weights instead of random ones."""
     adapt: AdaptSpec = AdaptSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_set_tasks(cls, given: Any) -> Any:
+        """Tasks of an image set take from it, and from their rows, what they do not say themselves."""
+        tasks, sets = (given.get(key) for key in ("tasks", "sets")) if isinstance(given, Mapping) else (None, None)
+        if not isinstance(tasks, Mapping):
+            return given
+        of_sets = {name: task for name, task in tasks.items() if isinstance(task, Mapping) and "set" in task}
+        sets = sets if isinstance(sets, Mapping) else {}
+        return {**given, "tasks": {**tasks, **{n: completed_set_task(n, task, sets) for n, task in of_sets.items()}}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         unknown = [name for name in self.only if name not in self.tasks]
         if unknown:
             raise ValueError(f"only names {', '.join(unknown)}, not among tasks: {', '.join(self.tasks)}")
-        for name in self.tasks:
+        if both := self.sets.keys() & self.tasks.keys():
+            raise ValueError(f"{min(both)} names a set and a task: give them different names")
+        for name in (*self.tasks, *self.sets):
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"task name {name!r}: use lower-case letters, digits and _ (it names folders and parameters)")
+                what = "task" if name in self.tasks else "set"
+                raise ValueError(f"{what} name {name!r}: use lower-case letters, digits and _ (it names folders and parameters)")
         strange = [name for name in self.adapt.tasks if name not in self.active]
         if strange:
             raise ValueError(f"adapt.tasks names {', '.join(strange)}, not among this run's tasks: {', '.join(self.active)}")
@@ -340,7 +356,7 @@ def _one_line(error: Any) -> str:
 def _is_tag(before: list[str], part: str) -> bool:
     """Whether pydantic, not the user, put this part into a location: the kind of a task or the type of a head."""
     if len(before) == 2:
-        return before[0] == "tasks" and part in KINDS
+        return before[0] == "tasks" and part in TASK_KINDS
     return len(before) == 4 and before[3] == "head" and before[2] != CLASSIFICATION
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modsquad_ds.config import Recipe
 from modsquad_ds.model.counts import count_parameters
 from modsquad_ds.model.network import MultiTaskNetwork
-from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, Size, TaskSpec
+from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SetTransform, Size, TaskSpec
 
 WARMUP, RUNS = 3, 30
 """Rounds that are dropped, and rounds whose median is told."""
@@ -63,6 +63,8 @@ def image_size(spec: TaskSpec, patch: int) -> Size:
         return transform.image_size, transform.image_size
     if isinstance(transform, DetectionTransform):
         return transform.eval_canvas
+    if isinstance(transform, SetTransform):
+        return transform.crop
     height, width = (-(-side // patch) * patch for side in sorted(transform.resize))
     return height, width
 

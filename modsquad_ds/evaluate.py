@@ -28,7 +28,7 @@ from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.plan import check_same_shards, loader_plan
-from modsquad_ds.tasks import KINDS
+from modsquad_ds.tasks import metrics_of
 
 BATCH_IMAGES = 16
 """Images per forward pass."""
@@ -79,7 +79,7 @@ def evaluate_network(
             metric.update(predictions, sub)
         metric.merge(gather_json(metric.state()))
         values = metric.compute()
-        results[task] = {key: _or_none(values[key]) for key in KINDS[spec.kind].metrics}
+        results[task] = {key: _or_none(values[key]) for key in metrics_of(spec)}
     return results
 
 
@@ -143,7 +143,7 @@ def summary_rows(results: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, 
     return [
         (task, metric, results[task][metric], untrained.get(task, {}).get(metric))
         for task, spec in recipe.active.items()
-        for metric in KINDS[spec.kind].metrics
+        for metric in metrics_of(spec)
     ]
 
 

@@ -83,9 +83,14 @@ def uncertainty_weighted(loss_T: Tensor, scale_T: Tensor, present_T: Tensor) -> 
     return (present_T * (0.5 * loss_T / square_T + torch.log1p(square_T))).sum()
 
 
-def weighted_mean_terms(sums: Sequence[Tensor], counts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of weight * sum / count: one task's loss from its terms; a count of 0 divides by 1."""
-    terms = [weight * s / n.clamp(min=1) for s, n, weight in zip(sums, counts, weights, strict=True)]
+def weighted_mean_terms(
+    sums: Sequence[Tensor], counts: Sequence[Tensor], weights: Sequence[float], parts: Sequence[Tensor | None]
+) -> Tensor:
+    """Sum of weight * sum / count * (part / count, if any): one task's loss from its terms; a count of 0 divides by 1."""
+    terms = []
+    for s, count, weight, part in zip(sums, counts, weights, parts, strict=True):
+        mean = weight * s / count.clamp(min=1)
+        terms.append(mean if part is None else mean * (part / count.clamp(min=1)))
     return torch.stack(terms).sum()
 
 

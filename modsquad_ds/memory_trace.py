@@ -30,7 +30,7 @@ from modsquad_ds.parallel.capacity import AllToAllCapacityDispatcher
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher, Remote
 from modsquad_ds.parallel.experts import spread_experts
 from modsquad_ds.parallel.ranks import Ranks
-from modsquad_ds.tasks import Size, TaskSpec
+from modsquad_ds.tasks import SetTask, Size, TaskSpec
 
 BLOCK = {"cuda": 512, "cpu": 64}
 """Bytes in whose multiples memory is given out: torch's caching allocator on CUDA; the alignment on CPU."""
@@ -163,6 +163,8 @@ def _forward_backward(network: MultiTaskNetwork, recipe: Recipe, images: Images)
 
 def _targets(spec: TaskSpec, count: int, size: Size) -> dict[str, Any]:
     """`SubBatch.targets` of a task."""
+    if isinstance(spec, SetTask):
+        return _set_targets(spec, count, size)
     if spec.kind == "detection":
         boxes, labels = torch.empty(BOXES, 4), torch.empty(BOXES, dtype=torch.int64)
         return {"boxes": [boxes] * count, "labels": [labels] * count, "ignore": [torch.empty(0, 4)] * count}
@@ -171,6 +173,16 @@ def _targets(spec: TaskSpec, count: int, size: Size) -> dict[str, Any]:
     if spec.transform.mixup or spec.transform.cutmix:
         return {"probabilities": torch.empty(count, spec.num_classes)}
     return {"labels": torch.empty(count, dtype=torch.int64)}
+
+
+def _set_targets(spec: SetTask, count: int, size: Size) -> dict[str, Any]:
+    """The same of a task of an image set."""
+    if spec.kind == "soft_classification":
+        return {"probabilities": torch.empty(count, spec.num_classes), "valid": torch.empty(count, dtype=torch.bool)}
+    if spec.kind in ("semantic", "segments"):
+        return {"labels": torch.empty(count, *size, dtype=torch.int64)}
+    channels = () if spec.kind == "binary" else (spec.num_classes,)
+    return {"values": torch.empty(count, *channels, *size), "valid": torch.empty(count, *size, dtype=torch.bool)}
 
 
 def _images_that_norm_needs(spec: TaskSpec) -> int:

@@ -67,15 +67,18 @@ def drop_rate(stats: Sequence[RoutingStats], present_T: Tensor) -> Tensor:
 
 def flatten(terms: Terms, stats: Sequence[RoutingStats]) -> list[Tensor]:
     """All sums of a step in a fixed order, for one reduction over ranks."""
-    flat = [x for of_task in terms.values() for term in of_task.values() for x in (term.sum, term.count)]
-    return flat + [x for s in stats for x in s]
+    flat = [x for of_task in terms.values() for term in of_task.values() for x in (term.sum, term.count, term.part)]
+    return [x for x in flat if x is not None] + [x for s in stats for x in s]
 
 
 def unflatten(flat: Sequence[Tensor], terms: Terms, stats: Sequence[RoutingStats]) -> tuple[Terms, tuple[RoutingStats, ...]]:
     """The inverse of `flatten`; `terms` and `stats` give the structure and the weights."""
     rest = iter(flat)
     rebuilt = {
-        task: {name: LossTerm(next(rest), next(rest), term.weight) for name, term in of_task.items()}
+        task: {
+            name: LossTerm(next(rest), next(rest), term.weight, None if term.part is None else next(rest))
+            for name, term in of_task.items()
+        }
         for task, of_task in terms.items()
     }
     return rebuilt, tuple(RoutingStats(*(next(rest) for _ in s)) for s in stats)
@@ -124,8 +127,8 @@ class Objective:
             mine, all_ranks = local.get(task, {}), total.get(task, {})
             sums = [losses.localized(all_ranks[n].sum, mine[n].sum, self.world) for n in mine]
             counts = [all_ranks[n].count for n in mine]
-            weights = [term.weight for term in mine.values()]
-            values.append(losses.weighted_mean_terms(sums, counts, weights) if mine else any_term.new_zeros(()))
+            weights, parts = [term.weight for term in mine.values()], [all_ranks[n].part for n in mine]
+            values.append(losses.weighted_mean_terms(sums, counts, weights, parts) if mine else any_term.new_zeros(()))
             present.append(1.0 if mine else 0.0)
         return torch.stack(values), _sent(present, any_term)
 

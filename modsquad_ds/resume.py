@@ -15,6 +15,7 @@ from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.placement import Order, balanced_order, expert_load, imbalance
 from modsquad_ds.plan import loader_plan, step_tokens
+from modsquad_ds.tasks import streams_of
 from modsquad_ds.trainable import Chosen
 from modsquad_ds.trainer import Trainer
 
@@ -50,24 +51,28 @@ def with_same_batch(recipe: Recipe, found: Path, ranks: Ranks) -> Recipe:
     So the order of the data and what a learning rate means stay the same. A `batch_size` of a whole step is taken as it is.
     """
     saved, plan = checkpoint.read_state(found), loader_plan(recipe, ranks, recipe.adapted)
-    parts, tasks = ranks.world * recipe.train.accumulation, dict(recipe.tasks)
-    for name, spec in plan.tasks.items():
-        before, now = saved["images"].get(name), plan.step_images(name)
+    parts, tasks, sets = ranks.world * recipe.train.accumulation, dict(recipe.tasks), dict(recipe.sets)
+    for stream, (name, *others) in streams_of(plan.tasks).items():
+        spec, before, now = plan.tasks[name], saved["images"].get(name), plan.step_images(name)
         if spec.batch_size is not None or before in (None, now):
             continue
         if before % parts:
             shares = f"{ranks.world} ranks x {recipe.train.accumulation} micro-batches"
+            key = f"sets.{stream}" if stream in sets else f"tasks.{name}"
             raise UserError(
-                f"checkpoint {found}: task {name} had {before} images a step, which {shares} cannot share evenly; "
-                f"change one of them, or set tasks.{name}.batch_size"
+                f"checkpoint {found}: {stream} had {before} images a step, which {shares} cannot share evenly; "
+                f"change one of them, or set {key}.batch_size"
             )
-        tasks[name] = spec.model_copy(update={"batch_size": before, "batch_size_per_rank": None})
+        kept = {"batch_size": before, "batch_size_per_rank": None}
+        tasks |= {one: tasks[one].model_copy(update=kept) for one in (name, *others)}
+        if stream in sets:
+            sets[stream] = sets[stream].model_copy(update=kept)
         if ranks.first:
             say(
-                f"{name}: {before} images a step as before, so {before // parts} per rank and micro-batch "
+                f"{stream}: {before} images a step as before, so {before // parts} per rank and micro-batch "
                 f"(the recipe's {spec.batch_size_per_rank} would make {now}; train.accumulation shares memory)"
             )
-    return recipe.model_copy(update={"tasks": tasks})
+    return recipe.model_copy(update={"tasks": tasks, "sets": sets})
 
 
 def resume(trainer: Trainer, found: Path | None) -> int:

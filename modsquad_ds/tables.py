@@ -19,7 +19,7 @@ from modsquad_ds.losses import mutual_information, task_expert_joint
 from modsquad_ds.model.counts import count_parameters
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.model_file import ModelFile, read_model
-from modsquad_ds.tasks import KINDS
+from modsquad_ds.tasks import metrics_of
 
 ADAPTED = "adapt.json"
 """Beside the model of a run that trained part of it: what was trained, and what the model has and costs."""
@@ -108,7 +108,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     """
     models = {run: read_model(model_path(run)) for run in runs}
     tasks = {task: spec for model in models.values() for task, spec in model.recipe.active.items()}
-    headings = [f"{task} {KINDS[spec.kind].metrics[0]}" for task, spec in tasks.items()]
+    headings = [f"{task} {metrics_of(spec)[0]}" for task, spec in tasks.items()]
     table = Table(box=box.MARKDOWN)
     table.add_column("run", no_wrap=True)
     adapted = any((run / ADAPTED).is_file() for run in runs)
@@ -116,7 +116,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
         table.add_column(name, justify="right")
     for run, model in models.items():
         results = _evaluation(run)
-        values = [_number(results.get(t, {}).get(KINDS[spec.kind].metrics[0])) for t, spec in tasks.items()]
+        values = [_number(results.get(t, {}).get(metrics_of(spec)[0])) for t, spec in tasks.items()]
         total = count_parameters(without_memory(model.recipe)).total
         trained = [f"{_trained(run, total):,}"] if adapted else []
         table.add_row(run.name, *values, _least_share(model), *trained, f"{total:,}")

@@ -4,15 +4,20 @@ A kind fixes the label field that a shard must hold, the metrics that are report
 is an instance of a kind with its own data, head, augmentation and weight. Adding a task to a recipe is one entry under
 `tasks:`; adding a kind is one `Kind` row here, one head in `model/heads`, one transform in `data/transforms.py` and one
 metric in `metrics.py`.
+
+Tasks whose labels lie on the same images share an image set (`sets:` of the recipe), which says where the images are, how many
+a step has and how they are transformed; what each of these tasks is, `targets.py` says.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from modsquad_ds.location import DataPlace
+from modsquad_ds.targets import LOSSES, METRICS, TARGETS, Loss, Target, TargetKind
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ KINDS: dict[str, Kind] = {
         Kind(SEGMENTATION, "seg.png", ("mIoU", "mAcc", "aAcc")),
     )
 }
+
+MULTILABEL = "multilabel"
+"""Kind of the shards of an image set: every image with all its labels."""
+SHARD_KINDS, TASK_KINDS = (*KINDS, MULTILABEL), (*KINDS, *LOSSES)
 
 IGNORE_INDEX = 255
 """Segmentation label of the pixels that count neither in the loss nor in the metrics."""
@@ -115,6 +124,30 @@ class SegmentationTransform(Strict):
         return (self.crop,)
 
 
+class SetTransform(Strict):
+    """Zoom, rotation, crop, flip of an image and all its labels together; beyond the image's edge labels do not count."""
+
+    crop: Size = (224, 224)
+    """What the model sees: a random window in training, the middle at evaluation, filled up where the image is smaller."""
+    resize: Size | None = None
+    """Size of the whole image before all else, whatever its ratio; None: its own size."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Range of the factor that `resize`, or the image's own size, is multiplied by in training."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Largest angle in degrees, either way."""
+    flip: float = Field(0.5, ge=0, le=1)
+    photometric: bool = False
+    depth_by_zoom: bool = False
+    """Divide depths by the zoom: a larger picture of a thing is one from nearer by. Some benchmarks' loaders do so."""
+    score_at: Literal["input", "original"] = "input"
+    """Resolution of the evaluation: of `crop`, or of the stored labels, to which predictions are then resized."""
+
+    @property
+    def train_sizes(self) -> tuple[Size, ...]:
+        """Sizes of training images; a step has one of them, each equally often."""
+        return (self.crop,)
+
+
 # ---------------------------------------------------------------- heads
 
 
@@ -179,18 +212,41 @@ class FCNSegHead(Strict):
     aux_channels: int = 256
 
 
+class PooledHead(Strict):
+    """Mean of the patch tokens, two layer norms, one linear layer (Mod-Squad's head of image-level tasks)."""
+
+    type: Literal["pooled"] = "pooled"
+
+
+class PatchHead(Strict):
+    """Layer norm, then one linear layer per token whose outputs are the pixels of its patch (Mod-Squad's head of maps)."""
+
+    type: Literal["patch"] = "patch"
+    stride: int | None = Field(None, gt=0)
+    """Pixels per cell of the output; default 1, for `segments` 8."""
+
+
+class ConvMapHead(Strict):
+    """A light convolutional head: a simple feature pyramid's level, 3 x 3 convolutions with group norm, bilinear upsampling."""
+
+    type: Literal["conv_map"] = "conv_map"
+    stride: int = Field(4, gt=0)
+    channels: int = Field(64, gt=0)
+    convs: int = Field(2, gt=0)
+
+
 # ---------------------------------------------------------------- tasks
 
 
-class _Task(Strict):
+class _Images(Strict):
+    """Where images come from, and how many a step has."""
+
     data: DataPlace
     """Folder or URL with the shard folders of the splits (`train/`, `val/`), as `modsquad-ds shards` writes them."""
-    num_classes: int = Field(gt=0)
     batch_size: int | None = Field(None, gt=0)
     """Images per optimizer step over all ranks. Exactly one of this and `batch_size_per_rank`."""
     batch_size_per_rank: int | None = Field(None, gt=0)
     """Images per rank and micro-batch."""
-    loss_weight: float = Field(1.0, ge=0)
     sampling_weight: float = Field(1.0, gt=0)
     """Relative frequency of the task's steps with `sampling: weighted`."""
 
@@ -199,6 +255,16 @@ class _Task(Strict):
         if (self.batch_size is None) == (self.batch_size_per_rank is None):
             raise ValueError("give exactly one of batch_size (whole step, all ranks) and batch_size_per_rank")
         return self
+
+
+class _Task(_Images):
+    num_classes: int = Field(gt=0)
+    loss_weight: float = Field(1.0, ge=0)
+
+    @property
+    def stream(self) -> str | None:
+        """The image set that the task shares; None: its images are its own."""
+        return None
 
 
 class ClassificationTask(_Task):
@@ -225,5 +291,89 @@ class SegmentationTask(_Task):
     transform: SegmentationTransform = SegmentationTransform()
 
 
-TaskSpec = Annotated[ClassificationTask | DetectionTask | SegmentationTask, Field(discriminator="kind")]
+class ImageSet(_Images):
+    """One entry of a recipe's `sets:` section: images that carry the labels of several tasks."""
+
+    transform: SetTransform = SetTransform()
+
+
+class SetTask(_Images):
+    """One of the tasks of an image set. A recipe states `set`, and what differs from the task's row in `targets.py`."""
+
+    kind: TargetKind
+    set: str
+    """The image set; data, batch size, transform and sampling weight are its."""
+    target: str
+    """Row in `targets.py`; default the task's name."""
+    transform: SetTransform = SetTransform()
+    head: Annotated[PooledHead | PatchHead | ConvMapHead, Field(discriminator="type")]
+    """Default `pooled` for soft_classification, else `patch`."""
+    loss: Loss
+    loss_weight: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fits_its_row(self) -> Self:
+        if self.kind != self.row.kind:
+            raise ValueError(f"kind {self.kind}: target {self.target} is of kind {self.row.kind}")
+        if self.loss not in LOSSES[self.kind]:
+            raise ValueError(f"loss {self.loss}: kind {self.kind} has {', '.join(LOSSES[self.kind])}")
+        if (self.kind == "soft_classification") != isinstance(self.head, PooledHead):
+            raise ValueError(f"head.type {self.head.type}: does not fit kind {self.kind}")
+        return self
+
+    @property
+    def row(self) -> Target:
+        """What the task is."""
+        return TARGETS[self.target]
+
+    @property
+    def num_classes(self) -> int:
+        """Numbers that the head gives per pixel or image."""
+        return self.row.channels
+
+    @property
+    def stream(self) -> str | None:
+        """The image set."""
+        return self.set
+
+
+def completed_set_task(name: str, given: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
+    """A set task's section as it stands in a recipe, with what its image set and its row say. ValueError for unknown ones."""
+    target = given.get("target", name)
+    if target not in TARGETS:
+        raise ValueError(f"tasks.{name}.target: {target!r} has no row in targets.py, which has {', '.join(TARGETS)}")
+    images = sets.get(given["set"])
+    if not isinstance(images, Mapping):
+        raise ValueError(f"tasks.{name}.set: {given['set']!r} is not under sets: {', '.join(sets) or 'which is empty'}")
+    own = [key for key in _OF_SET if key in given and given[key] != images.get(key, given[key])]
+    if own:
+        raise ValueError(f"tasks.{name}.{own[0]}: is the image set's to say: sets.{given['set']}.{own[0]}")
+    row = TARGETS[target]
+    head = {"type": "pooled" if row.kind == "soft_classification" else "patch"}
+    head |= given["head"] if isinstance(given.get("head"), Mapping) else {}
+    of_row = {"kind": row.kind, "target": target, "loss": row.loss, "loss_weight": row.loss_weight}
+    return of_row | {key: images[key] for key in _OF_SET if key in images} | dict(given) | {"head": head}
+
+
+_OF_SET = tuple(ImageSet.model_fields)
+TaskSpec = Annotated[ClassificationTask | DetectionTask | SegmentationTask | SetTask, Field(discriminator="kind")]
 """One entry of a recipe's `tasks:` section."""
+
+
+def metrics_of(spec: TaskSpec) -> tuple[str, ...]:
+    """Keys of a task's held-out metrics; the first is the headline."""
+    return spec.row.metrics if isinstance(spec, SetTask) else KINDS[spec.kind].metrics
+
+
+def higher_is_better(spec: TaskSpec, metric: str) -> bool:
+    """Whether a larger value of one of the task's metrics is the better one."""
+    return not isinstance(spec, SetTask) or METRICS[metric].higher_is_better
+
+
+def streams_of(tasks: Mapping[str, TaskSpec]) -> dict[str, tuple[str, ...]]:
+    """Image set -> its tasks, in the recipe's order; a task with images of its own is a stream of its own name."""
+    streams: dict[str, tuple[str, ...]] = {}
+    for name, spec in tasks.items():
+        stream = spec.stream or name
+        streams[stream] = (*streams.get(stream, ()), name)
+    return streams

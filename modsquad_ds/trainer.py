@@ -159,8 +159,10 @@ def forward_backward(trainer: Trainer, batch: Batch) -> Report:
     network, device = trainer.network, launch.device()
     batch = {task: to_device(sub, device) for task, sub in batch.items()}
     dtype = network.backbone.pos_embed.dtype
-    output: NetworkOutput = trainer.engine({task: finished_images(sub).to(dtype) for task, sub in batch.items()})
-    terms = {task: network.head(task).losses(output.outputs[task], sub.targets) for task, sub in batch.items()}
+    pixels = {stream: finished_images(sub).to(dtype) for stream, sub in batch.items()}
+    sets = [(pixels.pop(stream), sub.rows) for stream, sub in batch.items() if sub.rows is not None]
+    output: NetworkOutput = trainer.engine(pixels, sets)
+    terms = {task: network.head(task).losses(output.outputs[task], x) for task, x in targets_by_task(batch).items()}
     own = flatten(terms, output.stats)
     votes = torch.tensor(trainer.votes).to(device, non_blocking=True)
     *sums, trainer.cast = sum_over_ranks([*own, votes])
@@ -170,6 +172,14 @@ def forward_backward(trainer: Trainer, batch: Batch) -> Report:
     trainer.engine.backward(loss)
     trainer.usage = updated_usage(trainer.usage, total[1], trainer.recipe.loss.memory)
     return report
+
+
+def targets_by_task(batch: Batch) -> dict[str, dict[str, Any]]:
+    """Targets of every task of a batch, those of image sets among them."""
+    targets: dict[str, dict[str, Any]] = {}
+    for stream, sub in batch.items():
+        targets |= {stream: sub.targets} if sub.rows is None else sub.targets
+    return targets
 
 
 def record_of(trainer: Trainer, report: Report, work: Work, step: int, seconds: float) -> dict[str, Any]:
@@ -220,9 +230,12 @@ def stop_if_not_finite(trainer: Trainer, record: Mapping[str, Any]) -> None:
 
 def _more(work: Work, batch: Batch, patch: int, waited: float) -> Work:
     """The work with one more micro-batch."""
-    shapes = [sub.images_BCHW.shape for sub in batch.values()]
-    tokens = sum(n * (height // patch) * (width // patch) for n, _, height, width in shapes)
-    return Work(work.images + sum(shape[0] for shape in shapes), work.tokens + tokens, work.waited + waited)
+    images, tokens = work.images, work.tokens
+    for sub in batch.values():
+        count, _, height, width = sub.images_BCHW.shape
+        read = count if sub.rows is None else sum(len(rows.index_B) for rows in sub.rows.values())
+        images, tokens = images + count, tokens + read * (height // patch) * (width // patch)
+    return Work(images, tokens, work.waited + waited)
 
 
 def _grad_norm(engine: Any) -> float | None:

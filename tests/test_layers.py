@@ -14,7 +14,7 @@ PACKAGE = "modsquad_ds"
 # Low to high: a module imports from its own rung and those before it. `data.*` is every module of the package that is
 # not named by itself; packages of one rung do not import each other. A new module gets its place here.
 RUNGS = (
-    ("errors", "location", "tasks", "files", "signals"),
+    ("errors", "location", "targets", "tasks", "files", "signals"),
     ("model_spec", "adapt_spec"),
     ("config",),
     ("losses", "metrics", "mmseg_compat", "draw", "data.types"),

@@ -107,4 +107,4 @@ def test_uncertainty_weighting_by_hand() -> None:
 def test_weighted_mean_terms_by_hand() -> None:
     # 2 * 6/3 + 0.5 * 4/max(1, 0) = 6
     sums, counts = [torch.tensor(6.0), torch.tensor(4.0)], [torch.tensor(3.0), torch.tensor(0.0)]
-    assert losses.weighted_mean_terms(sums, counts, [2.0, 0.5]).item() == pytest.approx(6.0)
+    assert losses.weighted_mean_terms(sums, counts, [2.0, 0.5], [None, None]).item() == pytest.approx(6.0)

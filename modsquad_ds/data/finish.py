@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modsquad_ds.data.types import Finish, SubBatch
+from modsquad_ds.data.types import Finish, Rows, SubBatch
 
 
 def to_device(sub: SubBatch, device: torch.device) -> SubBatch:
     """Images, targets and what finishes the images on the device; asynchronous where the loader pinned them."""
     finish = Finish(*(_moved(value, device) for value in sub.finish))
-    return sub._replace(images_BCHW=_moved(sub.images_BCHW, device), targets=_moved(sub.targets, device), finish=finish)
+    rows = {task: Rows(_moved(r.index_B, device), r.counted) for task, r in sub.rows.items()} if sub.rows else sub.rows
+    images, targets = _moved(sub.images_BCHW, device), _moved(sub.targets, device)
+    return sub._replace(images_BCHW=images, targets=targets, finish=finish, rows=rows)
 
 
 def finished_images(sub: SubBatch) -> Tensor:

@@ -41,8 +41,18 @@ class Finish(NamedTuple):
     """float32: share of its own pixels that an image keeps inside `mixed_B4`, 0 for CutMix."""
 
 
+class Rows(NamedTuple):
+    """The images of a set that one of its tasks learns from in a step."""
+
+    index_B: Tensor
+    """int64: places among the set's images. What is beyond the first `counted` only fills up, so that all ranks have as many."""
+    counted: int
+    """Images whose labels, and whose routing, count."""
+
+
 class SubBatch(NamedTuple):
-    """The images of one task in one step on one rank. `data.finish` makes the model's input of them."""
+    """The images of one task, or of one image set, in one step on one rank. `data.finish` makes the model's input of them."""
+
 
     images_BCHW: Tensor
     """uint8 RGB, all of one canvas whose sides are multiples of the patch size."""
@@ -51,6 +61,11 @@ class SubBatch(NamedTuple):
     classification: `labels` int64 `[B]`, or with Mixup/CutMix `probabilities` float32 `[B, num_classes]`.
     detection: `boxes` list of B `[n, 4]`, `labels` list of B int64 `[n]` (0-based), `ignore` list of B `[m, 4]` crowd boxes.
     segmentation: `labels` int64 `[B, H, W]`, 255 = ignored.
+    An image set has one such dict by task, with an entry per image of the task's `rows`; by kind:
+    soft_classification: `probabilities` float32 `[B, C]`, `valid` bool `[B]`.
+    semantic: `labels` int64 `[B, H, W]`, 255 = ignored. segments: `labels` int64 `[B, H, W]`, -1 = ignored.
+    regression, unit_vectors: `values` float32 `[B, C, H, W]`, `valid` bool `[B, H, W]`.
+    binary: `values` float32 `[B, H, W]` of 0 and 1, `valid` bool `[B, H, W]`.
     """
     keys: tuple[str, ...]
     """Keys of the samples, for error messages and predictions."""
@@ -60,9 +75,13 @@ class SubBatch(NamedTuple):
     detection, segmentation: `canvas` (height, width) that the image has without larger neighbours in the batch.
     detection: `content` (height, width) of the image inside the canvas, `annotations` (the shard's json, decoded).
     segmentation: `label` uint8 tensor `[h, w]` at the original size, `content` (height, width) of the image inside the canvas.
+    tasks of a set: `label` dict, the image's targets as above without the axis B, at the resolution that is scored; `window`
+    (top, left, height, width) of the canvas that shows the whole image, or None where `label` lies on the canvas itself.
     """
     finish: Finish
+    rows: dict[str, Rows] | None = None
+    """Image sets: by task, in the recipe's order."""
 
 
 Batch = dict[str, SubBatch]
-"""Task name -> its sub-batch; the tasks of a step are the same on every rank."""
+"""Name of a task, or of an image set -> its sub-batch; those of a step are the same on every rank."""

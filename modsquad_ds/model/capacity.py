@@ -87,7 +87,7 @@ def with_dropped(routing: Routing, plan: Plan, segments: tuple[Segment, ...]) ->
     dropped = list(stats.dropped_T.unbind())
     parts = plan.dropped_R.split([segment.length * top_k for segment in segments])
     for segment, part in zip(segments, parts, strict=True):
-        dropped[segment.task] = dropped[segment.task] + part.sum()
+        dropped[segment.task] = dropped[segment.task] + part[: segment.counted_length * top_k].sum()
     return stats._replace(dropped_T=torch.stack(dropped))
 
 

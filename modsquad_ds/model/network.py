@@ -3,14 +3,17 @@
 It computes no loss and knows no ranks: train.py and evaluate.py put it to use, parallel/ spreads its experts.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modsquad_ds.config import Recipe
+from modsquad_ds.data.types import Rows
 from modsquad_ds.model.heads import build_head
 from modsquad_ds.model.heads.base import Head
+from modsquad_ds.model.pack import Shared
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.model.vit import SparseViT, init_weights
 
@@ -38,10 +41,16 @@ class MultiTaskNetwork(nn.Module):
         learned = recipe.loss.weighting == "uncertainty"
         self.task_scale = nn.Parameter(torch.ones(len(self.task_names))) if learned else None
 
-    def forward(self, images: dict[str, Tensor]) -> NetworkOutput:
-        """Images `[B, 3, H, W]` by task name; sides are multiples of the patch size."""
+    def forward(self, images: Mapping[str, Tensor], sets: Sequence[tuple[Tensor, Mapping[str, Rows]]] = ()) -> NetworkOutput:
+        """Outputs of the tasks whose images are given; sides are multiples of the patch size.
+
+        Args:
+            images: `[B, 3, H, W]` by name of the one task that reads them.
+            sets: images that several tasks read, and which of them each task does.
+        """
         by_index = {self.task_names.index(name): x for name, x in images.items()}
-        maps, stats = self.backbone(by_index)
+        shared = [Shared(x, {self.task_names.index(name): r for name, r in rows.items()}) for x, rows in sets]
+        maps, stats = self.backbone(by_index, shared)
         outputs = {self.task_names[t]: self.head(self.task_names[t])(map_BDHW) for t, map_BDHW in maps.items()}
         return NetworkOutput(outputs, stats)
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from modsquad_ds.data.types import Rows
+
 
 class Segment(NamedTuple):
     """Images of one task and one size, side by side in a pack."""
@@ -21,6 +23,13 @@ class Segment(NamedTuple):
     height: int
     """In tokens, as is the width."""
     width: int
+    counted: int | None = None
+    """Images, from the first on, whose routing counts in the statistics; None: all. The others fill up (`data.types.Rows`)."""
+
+    @property
+    def counted_length(self) -> int:
+        """Tokens of the images that count."""
+        return self.tokens * (self.batch if self.counted is None else self.counted)
 
     @property
     def tokens(self) -> int:
@@ -38,6 +47,14 @@ class TokenPack(NamedTuple):
 
     tokens_SD: Tensor
     segments: tuple[Segment, ...]
+
+
+class Shared(NamedTuple):
+    """Images that several tasks read: their patches are embedded once, their tokens enter the pack once per task."""
+
+    images_BCHW: Tensor
+    readers: dict[int, Rows]
+    """Index of the task -> the images that it reads."""
 
 
 def lengths(segments: tuple[Segment, ...]) -> list[int]:

@@ -164,13 +164,13 @@ class Router(nn.Module):
         ones = prob_SE.new_ones(1)
         start = 0
         for segment in segments:
-            here, t = slice(start, start + segment.length), segment.task
+            here, t = slice(start, start + segment.counted_length), segment.task
             chosen = expert_SK[here].flatten()
             prob[t] = prob[t] + prob_SE[here].sum(0)
             count[t] = count[t].scatter_add(0, chosen, ones.expand(chosen.numel()))
             lse2[t] = lse2[t] + logits_SE[here].logsumexp(-1).square().sum()
-            token[t] += segment.length
-            start = here.stop
+            token[t] += segment.counted_length
+            start += segment.length
         token_T = torch.tensor(token, dtype=torch.float32).to(prob_SE.device, non_blocking=True)
         dropped_T = torch.zeros_like(token_T)  # known only when places are given out
         return RoutingStats(torch.stack(prob), torch.stack(count), token_T, torch.stack(lse2), dropped_T)

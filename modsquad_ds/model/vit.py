@@ -4,13 +4,15 @@ Axes: S tokens in the pack, D width, B images, N tokens of an image, H heads, T 
 Parameter names are timm's (`patch_embed.proj`, `blocks.3.attn.qkv`, `mlp.fc1`, `norm`), so ViT checkpoints need no map.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modsquad_ds.model.experts import HeadExperts, MLPExperts
-from modsquad_ds.model.pack import Segment, TokenPack, slices
+from modsquad_ds.model.pack import Segment, Shared, TokenPack, slices
 from modsquad_ds.model.router import Router, RoutingStats
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
 from modsquad_ds.model_spec import ModelSpec, block_plans
@@ -111,9 +113,11 @@ class SparseViT(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, number, tasks, rate) for number, rate in enumerate(rates))
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
 
-    def forward(self, images: dict[int, Tensor]) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
+    def forward(
+        self, images: Mapping[int, Tensor], shared: Sequence[Shared] = ()
+    ) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
         """Images `[B, 3, H, W]` by task index -> feature maps `[B, D, H / patch, W / patch]`, and statistics per sparse layer."""
-        pack = self.embed(images)
+        pack = self.embed(images, shared)
         x_SD, stats = pack.tokens_SD, []
         for block in self.blocks:
             if self.checkpointing and self.training:
@@ -127,16 +131,25 @@ class SparseViT(nn.Module):
         }
         return maps, tuple(stats)
 
-    def embed(self, images: dict[int, Tensor]) -> TokenPack:
-        """One segment per task, in the order of the mapping."""
+    def embed(self, images: Mapping[int, Tensor], shared: Sequence[Shared] = ()) -> TokenPack:
+        """One segment per task, in the order of the mapping and of the readers."""
         parts, segments = [], []
         for task, images_BCHW in images.items():
-            map_BDHW = self.patch_embed(images_BCHW)
-            batch, _, height, width = map_BDHW.shape
-            tokens = map_BDHW.flatten(2).transpose(1, 2) + self.position(height, width)
-            parts.append(tokens.flatten(0, 1))
-            segments.append(Segment(task, batch, height, width))
+            x_BND, height, width = self._tokens(images_BCHW)
+            parts.append(x_BND.flatten(0, 1))
+            segments.append(Segment(task, len(x_BND), height, width))
+        for images_BCHW, readers in shared:
+            x_BND, height, width = self._tokens(images_BCHW)
+            for task, rows in readers.items():
+                parts.append(x_BND.index_select(0, rows.index_B).flatten(0, 1))
+                segments.append(Segment(task, len(rows.index_B), height, width, rows.counted))
         return TokenPack(torch.cat(parts), tuple(segments))
+
+    def _tokens(self, images_BCHW: Tensor) -> tuple[Tensor, int, int]:
+        """Tokens `[B, N, D]` of images, and the rows and columns that they stand in."""
+        map_BDHW = self.patch_embed(images_BCHW)
+        height, width = map_BDHW.shape[2:]
+        return map_BDHW.flatten(2).transpose(1, 2) + self.position(height, width), height, width
 
     def position(self, height: int, width: int) -> Tensor:
         """Position embedding `[1, height * width, D]`, resized from the learned grid."""

@@ -19,7 +19,8 @@ Prediction = dict[str, Any]
 class LossTerm(NamedTuple):
     """One term of a task's loss, not yet normalised, so that it adds up over any split of the images.
 
-    Over any set of ranks and micro-batches its value is `weight * total(sum) / max(1, total(count))`.
+    Over any set of ranks and micro-batches its value is `weight * total(sum) / max(1, total(count))`, times
+    `total(part) / max(1, total(count))` where there is a part.
     """
 
     sum: Tensor
@@ -27,6 +28,8 @@ class LossTerm(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     """float32 scalar without gradient, on the same device: images, positives or pixels. Depends on the targets only."""
     weight: float
+    part: Tensor | None = None
+    """As `count`, of some of what is counted: for losses that weigh two classes by each other's share of the whole step."""
 
 
 class Head(nn.Module, ABC):
