@@ -19,7 +19,7 @@ from modsquad_ds.model.heads import check_norm
 from modsquad_ds.parallel.engine import complete_config, in_bf16, read_deepspeed_config
 from modsquad_ds.parallel.experts import check_parallel
 from modsquad_ds.parallel.ranks import Ranks, check_world
-from modsquad_ds.plan import loader_plan
+from modsquad_ds.plan import loader_plan, step_shares
 from modsquad_ds.projection import (
     LIKELY,
     Band,
@@ -232,18 +232,17 @@ def _check_tasks(result: Forecast, bf16: bool) -> dict[str, int]:
 
 def _describe_tasks(result: Forecast, images: Mapping[str, int], flops: Mapping[str, tuple[float, float]]) -> None:
     recipe, world = result.recipe, result.cluster.world
-    total_weight = sum(recipe.active[task].sampling_weight for task in images)
+    shares = step_shares(recipe.adapted, recipe.train.sampling)
     for task in images:
         spec: TaskSpec = recipe.active[task]
         plan = loader_plan(recipe, Ranks(0, world), {task: spec})
-        share = 1.0 if recipe.train.sampling == "packed" else spec.sampling_weight / total_weight
         try:
             samples = sum(plan.train_store(task).shard_sizes)
         except UserError:
             samples = None
         step = plan.step_images(task)
         result.tasks.append(TaskRow(
-            task, step, samples, None if not samples else samples / (step * share),
+            task, step, samples, None if not samples else samples / (step * shares[task]),
             result.counts.heads[task], result.counts.active[task], sum(flops[task]) / 1e9,
         ))  # fmt: skip
 

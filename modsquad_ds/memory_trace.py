@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from modsquad_ds.config import ParallelSpec, Recipe
+from modsquad_ds.data.types import Rows
 from modsquad_ds.model.dispatch import Groups, LocalDispatcher, Plan, sort_by_expert
 from modsquad_ds.model.network import MultiTaskNetwork, NetworkOutput
 from modsquad_ds.model.products import as_on
@@ -30,7 +31,7 @@ from modsquad_ds.parallel.capacity import AllToAllCapacityDispatcher
 from modsquad_ds.parallel.dispatch import AllToAllDispatcher, Remote
 from modsquad_ds.parallel.experts import spread_experts
 from modsquad_ds.parallel.ranks import Ranks
-from modsquad_ds.tasks import SetTask, Size, TaskSpec
+from modsquad_ds.tasks import SetTask, Size, TaskSpec, streams_of
 
 BLOCK = {"cuda": 512, "cpu": 64}
 """Bytes in whose multiples memory is given out: torch's caching allocator on CUDA; the alignment on CPU."""
@@ -152,13 +153,25 @@ def _forward_flops(network: MultiTaskNetwork, spec: TaskSpec, task: str, size: S
 def _forward_backward(network: MultiTaskNetwork, recipe: Recipe, images: Images) -> None:
     """As `train.forward_backward`, with sums in the place of the objective, which is a handful of numbers."""
     dtype = network.backbone.pos_embed.dtype
-    pixels = {task: torch.empty(count, 3, *size, dtype=torch.uint8) for task, (count, size) in images.items()}
+    streams = streams_of({task: recipe.active[task] for task in images})
+    bytes_of = {stream: _pixels(*images[tasks[0]]) for stream, tasks in streams.items()}
+    pixels = {stream: x.to(torch.float32).to(dtype) for stream, x in bytes_of.items()}
+    sets = [(pixels.pop(stream), _rows(images, streams[stream])) for stream in streams if stream not in images]
     targets = {task: _targets(recipe.active[task], *images[task]) for task in images}
-    output: NetworkOutput = network({task: x.to(torch.float32).to(dtype) for task, x in pixels.items()})
+    output: NetworkOutput = network(pixels, sets)
     terms = {task: network.head(task).losses(output.outputs[task], targets[task]) for task in images}
     sums = [term.sum for of_task in terms.values() for term in of_task.values()]
     sums += [s.prob_TE.sum() + s.lse2_T.sum() for s in output.stats]
     torch.stack([x.float() for x in sums]).sum().backward()
+
+
+def _pixels(count: int, size: Size) -> Tensor:
+    return torch.empty(count, 3, *size, dtype=torch.uint8)
+
+
+def _rows(images: Images, tasks: Sequence[str]) -> dict[str, Rows]:
+    """Every task of a set reads all its images, the most that they can."""
+    return {task: Rows(torch.arange(images[task][0]), images[task][0]) for task in tasks}
 
 
 def _targets(spec: TaskSpec, count: int, size: Size) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.order import Sampling
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.parallel.ranks import Ranks
-from modsquad_ds.tasks import TaskSpec
+from modsquad_ds.tasks import TaskSpec, streams_of
 
 
 def loader_plan(recipe: Recipe, ranks: Ranks, tasks: Mapping[str, TaskSpec] | None = None) -> LoaderPlan:
@@ -52,12 +53,21 @@ def step_tokens(plan: LoaderPlan) -> tuple[float, ...]:
 
     With `weighted` sampling a task's steps are its share of the sampling weights.
     """
-    weights = {name: spec.sampling_weight for name, spec in plan.tasks.items()}
-    total = sum(weights.values())
-    shares = {name: weight / total if plan.sampling == "weighted" else 1.0 for name, weight in weights.items()}
+    shares = step_shares(plan.tasks, plan.sampling)
     return tuple(
         shares[name] * plan.step_images(name) * image_tokens(spec, plan.patch_size) for name, spec in plan.tasks.items()
     )
+
+
+def step_shares(tasks: Mapping[str, TaskSpec], sampling: Sampling) -> dict[str, float]:
+    """Share of the steps that hold a task. The tasks of an image set come together."""
+    streams = streams_of(tasks)
+    total = sum(tasks[names[0]].sampling_weight for names in streams.values())
+    return {
+        name: 1.0 if sampling == "packed" else tasks[name].sampling_weight / total
+        for names in streams.values()
+        for name in names
+    }
 
 
 def image_tokens(spec: TaskSpec, patch: int) -> float:

@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from modsquad_ds import draw
-from modsquad_ds.data.decode import Decoded, DetectionLabel, decode_sample
+from modsquad_ds import draw, draw_maps
+from modsquad_ds.data.decode import DetectionLabel, decode_sample
 from modsquad_ds.data.loader import VAL, LoaderPlan, SampleStore, check_data
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
@@ -35,7 +35,7 @@ from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.runlog import Record, read_records
 from modsquad_ds.tables import information_of
-from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, SEGMENTATION
+from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, SEGMENTATION, SetTask
 
 LARGEST_SIDE = 480
 """Pictures on a sheet are reduced to this many pixels."""
@@ -100,21 +100,20 @@ class _Excerpt:
 class _Shown(NamedTuple):
     """One held-out picture of a sheet."""
 
-    sample: Decoded
+    image: Tensor
+    """uint8 RGB `[3, H, W]`."""
+    label: Any
+    """As `Decoded.label`; of a task of an image set, as `SubBatch.meta` has it."""
     prediction: Prediction
 
 
 def prediction_sheet(
     network: MultiTaskNetwork, plan: LoaderPlan, task: str, names: Sequence[str], images: int
 ) -> Image.Image:
-    """The first held-out pictures of a task, as they lie on disk, each with ground truth and prediction."""
+    """The first held-out pictures of a task with ground truth and prediction, as they lie on disk or as they are scored."""
     spec = plan.tasks[task]
-    store = _Excerpt(plan.store(task, VAL), images)
-    batches = predict_split(network, replace(plan, open_store=lambda folder: store), task, VAL)
-    predictions = [prediction for _, of_batch in batches for prediction in of_batch]
-    samples = [decode_sample(raw, spec.kind, spec.num_classes) for raw in store]
-    shown = [_Shown(*pair) for pair in zip(samples, predictions, strict=True)]
-    side = min(max(draw.SMALLEST_SIDE, *(max(one.sample.image.shape[1:]) for one in shown)), LARGEST_SIDE)
+    shown = (_scored if isinstance(spec, SetTask) else _stored)(network, plan, task, images)
+    side = min(max(draw.SMALLEST_SIDE, *(max(one.image.shape[1:]) for one in shown)), LARGEST_SIDE)
     sheet = SHEETS[spec.kind]
     rows = [sheet.panels(one, names, side) for one in shown]
     body = draw.grid(rows, sheet.headings, side)
@@ -124,8 +123,28 @@ def prediction_sheet(
     return draw.framed(draw.stacked(parts, gap=12))
 
 
+def _stored(network: MultiTaskNetwork, plan: LoaderPlan, task: str, images: int) -> list[_Shown]:
+    """The first samples of a split as they lie in the shards."""
+    spec, store = plan.tasks[task], _Excerpt(plan.store(task, VAL), images)
+    batches = predict_split(network, replace(plan, open_store=lambda folder: store), task, VAL)
+    predictions = [prediction for _, of_batch in batches for prediction in of_batch]
+    samples = [decode_sample(raw, spec.kind, spec.num_classes) for raw in store]
+    return [_Shown(*sample, prediction) for sample, prediction in zip(samples, predictions, strict=True)]
+
+
+def _scored(network: MultiTaskNetwork, plan: LoaderPlan, task: str, images: int) -> list[_Shown]:
+    """The first samples that have the task's target, as the network sees them."""
+    shown = []
+    for sub, predictions in predict_split(network, plan, task, VAL, first=images):
+        for image_CHW, meta, prediction in zip(sub.images_BCHW, sub.meta, predictions, strict=True):
+            top, left, height, width = meta["window"] or (0, 0, *meta["canvas"])
+            seen = image_CHW[:, top : top + height, left : left + width]
+            shown += [_Shown(seen, meta["label"], prediction)] if meta["valid"] else []
+    return shown[:images]
+
+
 def _class_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
-    image, truth = shown.sample.image, shown.sample.label
+    image, truth = shown.image, shown.label
     probabilities = shown.prediction["probabilities"]
     best = probabilities.topk(min(TOP_CLASSES, len(probabilities)))
     rows = []
@@ -138,7 +157,7 @@ def _class_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.
 
 
 def _box_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
-    image, label, found = shown.sample.image, shown.sample.label, shown.prediction
+    image, label, found = shown
     assert isinstance(label, DetectionLabel)
     truth = draw.Boxes(label.boxes, label.labels, crowds=label.ignore)
     predicted = draw.Boxes(found["boxes"], found["labels"], found["scores"])
@@ -147,19 +166,55 @@ def _box_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Im
 
 
 def _mask_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
-    image, truth = shown.sample.image, shown.sample.label
-    assert isinstance(truth, Tensor)
+    image, truth, _ = shown
     scale = draw.fitting(image.shape[1:], side)
     masks = [draw.with_mask(image, mask, scale) for mask in (truth, shown.prediction["mask"])]
     return [draw.picture(image, scale), *masks]
 
 
 def _mask_legend(shown: Sequence[_Shown], names: Sequence[str], width: int) -> Image.Image:
-    masks = [mask for one in shown for mask in (one.sample.label, one.prediction["mask"])]
-    labels = torch.cat([mask.flatten() for mask in masks if isinstance(mask, Tensor)]).unique().tolist()
+    masks = [mask for one in shown for mask in (one.label, one.prediction["mask"])]
+    labels = torch.cat([mask.flatten() for mask in masks]).unique().tolist()
     entries = [(draw.colour_of(label), names[label]) for label in labels if label != IGNORE_INDEX]
     ignored = [(draw.IGNORED, "not labelled")] if IGNORE_INDEX in labels else []
     return draw.legend(entries + ignored, width, 14)
+
+
+def _score_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
+    """The likeliest classes by the label's own scores, and by the prediction's."""
+    charts = []
+    for scores in (shown.label["probabilities"], shown.prediction["probabilities"]):
+        best = scores.topk(min(TOP_CLASSES, len(scores)))
+        rows = zip(best.indices.tolist(), best.values.clamp(0, 1).tolist(), strict=True)
+        charts.append(draw.bars([(names[label], value, draw.RIGHT) for label, value in rows], (side, side)))
+    return [draw_maps.panel(shown.image, side), *charts]
+
+
+def _class_map_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
+    label = {"label": shown.label["labels"].to(torch.uint8)}
+    return _mask_panels(shown._replace(**label), names, side)
+
+
+def _class_map_legend(shown: Sequence[_Shown], names: Sequence[str], width: int) -> Image.Image:
+    return _mask_legend([one._replace(label=one.label["labels"].to(torch.uint8)) for one in shown], names, width)
+
+
+def _value_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
+    truth_CHW, valid_HW = shown.label["values"], shown.label["valid"]
+    span = draw_maps.span_of(truth_CHW, valid_HW)
+    maps = (draw_maps.values(truth_CHW, span, valid_HW), draw_maps.values(shown.prediction["values"], span))
+    return [draw_maps.panel(image, side) for image in (shown.image, *maps)]
+
+
+def _binary_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
+    truth = draw_maps.probabilities(shown.label["values"], shown.label["valid"])
+    found = draw_maps.probabilities(shown.prediction["probability"])
+    return [draw_maps.panel(image, side) for image in (shown.image, truth, found)]
+
+
+def _segment_panels(shown: _Shown, names: Sequence[str], side: int) -> list[Image.Image]:
+    maps = (draw_maps.segments(shown.label["labels"]), draw_maps.embedding(shown.prediction["embedding"]))
+    return [draw_maps.panel(image, side) for image in (shown.image, *maps)]
 
 
 @dataclass(frozen=True)
@@ -174,10 +229,17 @@ class Sheet:
 
 
 _PAIR = ("ground truth", "prediction")
+_TRIPLE = ("picture", *_PAIR)
 SHEETS: dict[str, Sheet] = {
     CLASSIFICATION: Sheet(_PAIR, " (blue: the true class, orange: a wrong answer)", _class_panels),
     DETECTION: Sheet(_PAIR, f" (boxes that score {draw.DRAWN_SCORE} or more)", _box_panels),
-    SEGMENTATION: Sheet(("picture", *_PAIR), "", _mask_panels, _mask_legend),
+    SEGMENTATION: Sheet(_TRIPLE, "", _mask_panels, _mask_legend),
+    "soft_classification": Sheet(_TRIPLE, " (likeliest classes)", _score_panels),
+    "semantic": Sheet(_TRIPLE, "", _class_map_panels, _class_map_legend),
+    "regression": Sheet(_TRIPLE, " (black: not valid)", _value_panels),
+    "unit_vectors": Sheet(_TRIPLE, " (x, y, z as red, green, blue; black: not valid)", _value_panels),
+    "binary": Sheet(_TRIPLE, "", _binary_panels),
+    "segments": Sheet(_TRIPLE, " (prediction: like colours are one segment)", _segment_panels),
 }
 """Kind -> its sheet."""
 

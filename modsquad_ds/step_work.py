@@ -9,8 +9,9 @@ from modsquad_ds.memory import Zero
 from modsquad_ds.memory_trace import Images, forward_flops
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.model.sparse import SparseAttention, SparseLayer, SparseMLP
-from modsquad_ds.plan import image_tokens
+from modsquad_ds.plan import image_tokens, step_shares
 from modsquad_ds.projection import Cluster, Exchange, Work
+from modsquad_ds.tasks import streams_of
 from modsquad_ds.topologies import Topology
 
 
@@ -39,9 +40,7 @@ class Job:
 
     def shares(self) -> dict[str, float]:
         """Share of the steps that have the task."""
-        weights = {task: self.recipe.active[task].sampling_weight for task in self.images}
-        packed = self.recipe.train.sampling == "packed"
-        return {task: 1.0 if packed else weight / sum(weights.values()) for task, weight in weights.items()}
+        return step_shares({task: self.recipe.active[task] for task in self.images}, self.recipe.train.sampling)
 
     def packs(self) -> list[Images]:
         """Images of the micro-batches that may need the most memory."""
@@ -49,7 +48,10 @@ class Job:
             task: (count, max(self.recipe.active[task].transform.train_sizes, key=lambda size: size[0] * size[1]))
             for task, count in self.images.items()
         }
-        return [largest] if self.recipe.train.sampling == "packed" else [{task: pack} for task, pack in largest.items()]
+        if self.recipe.train.sampling == "packed":
+            return [largest]
+        streams = streams_of({task: self.recipe.active[task] for task in largest})
+        return [{task: largest[task] for task in tasks} for tasks in streams.values()]
 
     def flops(self) -> float:
         """Of a rank in an optimizer step; the backward pass is twice the forward pass."""

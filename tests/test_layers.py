@@ -17,7 +17,7 @@ RUNGS = (
     ("errors", "location", "targets", "tasks", "files", "signals"),
     ("model_spec", "adapt_spec"),
     ("config",),
-    ("losses", "metrics", "mmseg_compat", "draw", "data.types"),
+    ("losses", "metrics", "mmseg_compat", "draw", "draw_maps", "data.types"),
     ("data.*", "model.*"),
     ("structure",),
     ("objective", "model_file", "placement", "trainable", "upcycle", "weights_file", "init_from", "start"),

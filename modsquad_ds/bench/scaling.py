@@ -25,6 +25,7 @@ from modsquad_ds.files import write_atomic, write_json
 from modsquad_ds.parallel.experts import check_parallel
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
+from modsquad_ds.tasks import streams_of
 
 Tree = dict[str, Any]
 MODES = ("weak", "strong")
@@ -90,16 +91,17 @@ def tree_at(recipe: Recipe, ranks: int, smallest: int, mode: str, growing: bool)
     A `batch_size` is that of the smallest size; so is a `batch_size_per_rank`, times its ranks and micro-batches.
     """
     tree = recipe_to_tree(recipe)
-    for name in recipe.active:
-        images = loader_plan(recipe, Ranks(0, smallest)).step_images(name)
+    for stream, tasks in streams_of(recipe.active).items():
+        images = loader_plan(recipe, Ranks(0, smallest)).step_images(tasks[0])
         if mode == "weak":
             if images * ranks % smallest:
                 raise UserError(
-                    f"tasks.{name}.batch_size: {images} images on {smallest} ranks do not grow to whole images on {ranks}; "
+                    f"{stream}: batch_size: {images} images on {smallest} ranks do not grow to whole images on {ranks}; "
                     f"take a multiple of {smallest}"
                 )
             images = images * ranks // smallest
-        tree["tasks"][name] |= {"batch_size": images, "batch_size_per_rank": None}
+        for section in (*(tree["tasks"][name] for name in tasks), *([tree["sets"][stream]] if stream in tree["sets"] else [])):
+            section |= {"batch_size": images, "batch_size_per_rank": None}
     parallel = tree["parallel"]
     parallel["ep_size"] = ranks if growing else math.gcd(ranks, parallel["ep_size"])
     parallel["attention_ep_size"] = math.gcd(ranks, parallel["attention_ep_size"])

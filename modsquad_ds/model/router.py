@@ -37,6 +37,14 @@ class Routing(NamedTuple):
     weight_SK: Tensor
     """fp32: gate weights."""
     stats: RoutingStats
+    filled_E: Tensor | None = None
+    """fp32: how often each expert was chosen by rows that only fill up, which the statistics leave out; None: no such rows."""
+
+    @property
+    def rows_E(self) -> Tensor:
+        """fp32 `[E]`: rows that each expert gets."""
+        counted_E = self.stats.count_TE.detach().sum(0)
+        return counted_E if self.filled_E is None else counted_E + self.filled_E
 
 
 class Router(nn.Module):
@@ -77,7 +85,8 @@ class Router(nn.Module):
         weight_SK = prob_SE.gather(1, expert_SK)
         if self.spec.renormalize:
             weight_SK = weight_SK / weight_SK.sum(-1, keepdim=True)
-        return Routing(expert_SK, weight_SK, self._stats(logits_SE, prob_SE, expert_SK, segments))
+        stats = self._stats(logits_SE, prob_SE, expert_SK, segments)
+        return Routing(expert_SK, weight_SK, stats, self._filled(expert_SK, segments))
 
     def choose(self, prob_SE: Tensor) -> Tensor:
         """The chosen experts `[S, K]`: the most probable, best first. Benchmarks put another choice in its place."""
@@ -154,6 +163,19 @@ class Router(nn.Module):
         if self.training and self.spec.noise:
             logits_NV = logits_NV + torch.randn_like(logits_NV) * (self.spec.noise / self.num_experts)
         return logits_NV
+
+    def _filled(self, expert_SK: Tensor, segments: tuple[Segment, ...]) -> Tensor | None:
+        """Choices of the rows that only fill up."""
+        chosen = [
+            expert_NK[segment.counted_length :].flatten()
+            for segment, expert_NK in slices(expert_SK, segments)
+            if segment.counted_length < segment.length
+        ]
+        if not chosen:
+            return None
+        filled = torch.cat(chosen)
+        ones = torch.ones((), device=filled.device).expand(filled.numel())
+        return torch.zeros(self.num_experts, device=filled.device).scatter_add(0, filled, ones)
 
     def _stats(
         self, logits_SE: Tensor, prob_SE: Tensor, expert_SK: Tensor, segments: tuple[Segment, ...]
