@@ -70,7 +70,7 @@ class LocalDispatcher:
     def plan(self, routing: Routing) -> Plan:
         """Rows sorted by expert, stable, so equal inputs give equal sums."""
         order_R, inverse_R = sort_by_expert(routing.expert_SK)
-        rows = tuple(int(n) for n in routing.rows_E.tolist())
+        rows = tuple(int(n) for n in routing.rows_per_expert.tolist())
         return Plan(order_R, inverse_R, Groups(rows, order_R, inverse_R))
 
     def run(self, compute: Compute, x: Tensor, plan: Plan, weight_SK: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ class Routing(NamedTuple):
     """fp32: how often each expert was chosen by rows that only fill up, which the statistics leave out; None: no such rows."""
 
     @property
-    def rows_E(self) -> Tensor:
+    def rows_per_expert(self) -> Tensor:
         """fp32 `[E]`: rows that each expert gets."""
         counted_E = self.stats.count_TE.detach().sum(0)
         return counted_E if self.filled_E is None else counted_E + self.filled_E

@@ -38,7 +38,7 @@ class AllToAllDispatcher:
     def plan(self, routing: Routing) -> Plan:
         """Exchange counts and lay out both permutations. One small all-to-all and one wait for the host."""
         order_R, inverse_R = sort_by_expert(routing.expert_SK)
-        leaving_PE = routing.rows_E.long().view(self.ep_size, self.local)
+        leaving_PE = routing.rows_per_expert.long().view(self.ep_size, self.local)
         arriving_PE = torch.empty_like(leaving_PE)
         dist.all_to_all_single(arriving_PE, leaving_PE, group=self.group)
         counts = torch.stack((leaving_PE, arriving_PE)).tolist()
