@@ -185,14 +185,13 @@ def test_predictions_on_the_canvas_by_kind() -> None:
 
 def test_a_window_is_cut_out_and_resized_to_the_label() -> None:
     head = built("edge_texture", head={"type": "patch", "stride": 1})
-    x = torch.zeros(1, 1, *CANVAS)
-    x[0, 0, 8:24, 10:42] = torch.arange(16.0)[:, None]  # the image; around it is what filled the canvas up
+    x = torch.full((1, 1, *CANVAS), 9999.0)
+    x[0, 0, 8:24, 10:42] = torch.arange(16.0)[:, None] + 100 * torch.arange(32.0)  # the image; what is around it fills up
     window = {"window": (8, 10, 16, 32), "label": {"values": torch.zeros(1, 32, 64), "valid": torch.zeros(32, 64)}}
     values = head.predict({"map": x}, [on_canvas(**window)])[0]["values"]
-    assert values.shape == (1, 32, 64)
-    # Twice as many rows; centres of pixels at half integers: 0, 0.25, 0.75, 1.25 ... 14.75, 15.
-    torch.testing.assert_close(values[0, :, 0], torch.cat([torch.zeros(1), torch.arange(31) / 2 + 0.25]).clamp(max=15))
-    assert torch.equal(values[0], values[0, :, :1].expand(-1, 64))
+    # Twice as many rows and columns; centres of pixels at half integers: 0, 0.25, 0.75, 1.25 ... up to the last.
+    rows, columns = (torch.cat([torch.zeros(1), torch.arange(2 * n - 1) / 2 + 0.25]).clamp(max=n - 1) for n in (16, 32))
+    torch.testing.assert_close(values, (rows[:, None] + 100 * columns)[None])
     of_any_size = {"window": (8, 10, 16, 32), "size": (16, 32)}
     alone = head.predict({"map": x}, [on_canvas(**of_any_size)])[0]["values"]
     assert torch.equal(alone, x[0, :, 8:24, 10:42])
