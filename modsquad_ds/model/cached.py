@@ -20,7 +20,7 @@ from torch import Tensor
 from modsquad_ds.model.dispatch import Groups
 
 BLOCK = 1024
-"""Rows at a time, at most half as many again. At widths of 384 and 768, 256 rows were slower (more calls), 2048 and 4096 no faster."""
+"""Rows at a time, at most half as many again. 384 and 768 wide, 256 rows were slower (more calls), 2048 and 4096 no faster."""
 
 
 def linear(x: Tensor, groups: Groups, weight_EOI: Tensor, bias_EO: Tensor | None, gate_SK: Tensor | None) -> Tensor:
