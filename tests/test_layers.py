@@ -17,7 +17,7 @@ RUNGS = (
     ("errors", "location", "targets", "tasks", "files", "signals"),
     ("model_spec", "adapt_spec"),
     ("config",),
-    ("losses", "mmseg_compat", "draw", "draw_maps", "data.types"),
+    ("losses", "mmseg_compat", "draw", "draw_maps", "delta", "data.types"),
     ("metrics.*",),
     ("data.*", "model.*"),
     ("structure",),

@@ -65,7 +65,7 @@ def boundary_counts(probability: NDArray[np.floating], truth: Mask, maxdist: flo
     last = -1
     for i, threshold in enumerate(THRESHOLDS):
         mask = probability >= threshold
-        size = np.count_nonzero(mask)
+        size = int(np.count_nonzero(mask))
         if size == last:  # a lower threshold's mask contains it, so it is the same
             counts[:, i] = counts[:, i - 1]
         elif size:
