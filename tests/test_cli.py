@@ -22,7 +22,7 @@ def run(
 def test_help_names_every_command(tmp_path: Path) -> None:
     found = run("--help", cwd=tmp_path)
     assert found.returncode == 0
-    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare", "delta-m", "usage", "plan"):
+    for command in ("train", "evaluate", "predict", "shards", "quickstart-data", "describe", "compare", "usage", "plan"):
         assert command in found.stdout
 
 

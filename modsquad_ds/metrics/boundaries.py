@@ -4,9 +4,11 @@ The protocol of BSDS (Martin et al., 2004), as PASCAL-Context's figures have it:
 thinned, and its pixels are matched with true ones at most `maxdist` of the image's diagonal away, each with one at most. The
 counts of all images together give precision and recall; odsF is the F-measure at the best threshold for the whole dataset.
 
-scikit-image thins and scipy matches. Where this is not BSDS's `correspondPixels` to the letter:
+Thinning is scikit-image's `thin` to the pixel, for eight maps at a time, and scipy matches: 1 to 2 seconds an image of 375 x
+500 pixels, where scikit-image takes 5 to 15 and BSDS's program up to minutes. Where the matching is not its `correspondPixels`
+to the letter:
 - scipy finds the largest number of pairs. BSDS's program also asks for the least sum of distances, by a solver that is given a
-  random part of the possibilities, and finds a few pairs fewer: 0 to 0.2 % on photographs' contours.
+  random part of the possibilities, and finds a few pairs fewer: 0 to 0.15 % on photographs' contours.
 - Probabilities are not rounded to 8 bits first. A pixel is predicted where it is at least the threshold.
 - True maps are thinned too, which changes nothing where they are thin already, and does where a map was scaled.
 - All images count. The field's PASCAL-Context figures are of 2,498 of the 5,105 validation images.
@@ -56,23 +58,57 @@ def boundary_counts(probability: NDArray[np.floating], truth: Mask, maxdist: flo
         truth: `[h, w]`.
         maxdist: largest distance of a pair, as a share of the diagonal.
     """
-    from skimage.morphology import thin  # half a second, which only this metric needs
-
-    truth = thin(truth)
+    truth = _unpacked(thinned(truth.astype(np.uint8)), 0)
     reach = maxdist * math.hypot(*truth.shape)
-    counts = np.zeros((3, len(THRESHOLDS)), np.int64)
-    counts[2] = truth.sum()
-    last = -1
-    for i, threshold in enumerate(THRESHOLDS):
-        mask = probability >= threshold
-        size = int(np.count_nonzero(mask))
-        if size == last:  # a lower threshold's mask contains it, so it is the same
-            counts[:, i] = counts[:, i - 1]
-        elif size:
-            thinned = thin(mask)
-            counts[:2, i] = matched_pixels(thinned, truth, reach), thinned.sum()
-        last = size
-    return counts
+    sizes = np.array([np.count_nonzero(probability >= threshold) for threshold in THRESHOLDS])
+    # A lower threshold's mask contains a higher one's, so those of one size are the same.
+    _, chosen, same = np.unique(sizes, return_index=True, return_inverse=True)
+    found = []
+    for start in range(0, len(chosen), 8):
+        group = THRESHOLDS[chosen[start : start + 8]]
+        packed = np.zeros(truth.shape, np.uint8)
+        for bit, threshold in enumerate(group):
+            packed |= (probability >= threshold).astype(np.uint8) << bit
+        packed = thinned(packed)
+        masks = [_unpacked(packed, bit) for bit in range(len(group))]
+        found += [(matched_pixels(mask, truth, reach), np.count_nonzero(mask)) for mask in masks]
+    return np.stack([*np.array(found).T[:, same], np.full(len(THRESHOLDS), np.count_nonzero(truth))])
+
+
+def _unpacked(packed: NDArray[np.uint8], bit: int) -> Mask:
+    return (packed >> bit & 1).astype(bool)
+
+
+def thinned(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Thin eight binary maps to lines of one pixel, each as `skimage.morphology.thin` does (Guo and Hall, CACM 32(3), 1989, A1).
+
+    Args:
+        maps: `[h, w]`; bit k is a pixel of map k.
+    """
+    height, width = maps.shape
+    padded = np.zeros((height + 2, width + 2), np.uint8)
+    inner = padded[1:-1, 1:-1]
+    inner[:] = maps
+    around = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+    e, ne, n, nw, w, sw, s, se = (padded[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in around)
+    while True:
+        before = inner.copy()
+        for half in range(2):
+            ahead = (ne | n, nw | w, sw | s, se | e)
+            behind = (e | ne, n | nw, w | sw, s | se)
+            starts = (ahead[0] & ~e, ahead[1] & ~n, ahead[2] & ~w, ahead[3] & ~s)
+            one_line = (starts[0] | starts[1] | starts[2] | starts[3]) & ~_two_of(*starts)
+            no_end = _two_of(*ahead) & _two_of(*behind)
+            no_inside = ~np.bitwise_and.reduce([*ahead, *behind])
+            kept_side = (sw | s | ~nw) & w if half else (ne | n | ~se) & e
+            inner &= ~(one_line & no_end & no_inside & ~kept_side)
+        if np.array_equal(before, inner):
+            return before
+
+
+def _two_of(a: NDArray[np.uint8], b: NDArray[np.uint8], c: NDArray[np.uint8], d: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bits that at least two have."""
+    return a & b | c & d | (a | b) & (c | d)
 
 
 def matched_pixels(a: Mask, b: Mask, reach: float) -> int:
