@@ -118,6 +118,17 @@ def test_metrics_do_not_depend_on_the_ranks(target: str) -> None:
     assert merged.compute() == expected
 
 
+def test_sums_do_not_depend_on_the_order_of_the_images() -> None:
+    found = set()
+    for order in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):  # whose sums differ in the last bit
+        metric = metric_of("reshading")
+        for error in order:
+            values = torch.zeros(3, 1, 1, dtype=torch.float64)
+            shown(metric, {"values": values + torch.tensor([error, 0, 0], dtype=torch.float64)[:, None, None]}, of_values(values))
+        found.add(metric.compute()["L1"])
+    assert len({0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1}) == 2 and len(found) == 1
+
+
 # ---------------------------------------------------------------- classes
 
 
@@ -223,6 +234,13 @@ def test_small_angles_keep_their_digits() -> None:
     predicted = torch.tensor([math.cos(angle), math.sin(angle), 0.0], dtype=torch.float64)[:, None, None]
     shown(metric, {"values": predicted}, of_values(torch.tensor([1.0, 0.0, 0.0])[:, None, None]))
     assert metric.compute()["mErr"] == pytest.approx(math.degrees(angle), rel=1e-6)
+
+
+def test_only_the_direction_counts() -> None:
+    metric = metric_of("normals")
+    predicted, true = (torch.tensor(vector)[:, None, None] for vector in ([3.0, 0.0, 0.0], [0.5, 0.5, 0.0]))
+    shown(metric, {"values": predicted}, of_values(true))
+    assert metric.compute()["mErr"] == pytest.approx(45, abs=1e-6)
 
 
 # ---------------------------------------------------------------- real-valued maps

@@ -92,7 +92,7 @@ def thinned(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
     around = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
     e, ne, n, nw, w, sw, s, se = (padded[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in around)
     while True:
-        before = inner.copy()
+        before: NDArray[np.uint8] = inner.copy()
         for half in range(2):
             ahead = (ne | n, nw | w, sw | s, se | e)
             behind = (e | ne, n | nw, w | sw, s | se)
@@ -106,8 +106,8 @@ def thinned(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
             return before
 
 
-def _two_of(a: NDArray[np.uint8], b: NDArray[np.uint8], c: NDArray[np.uint8], d: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bits that at least two have."""
+def _two_of(a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Bits that at least two of four maps have."""
     return a & b | c & d | (a | b) & (c | d)
 
 
