@@ -16,20 +16,16 @@ from modsquad_ds.metrics import MAP_METRICS, Metric, build_metric
 from modsquad_ds.metrics.build import RowMetrics
 from modsquad_ds.metrics.maps import raw_of
 from modsquad_ds.metrics.saliency import F_THRESHOLDS, IOU_THRESHOLDS
+from modsquad_ds.model.heads import build_head
 from modsquad_ds.targets import LOSSES, METRICS, TARGETS, Scale, Target
-from modsquad_ds.tasks import SetTask, completed_set_task, metrics_of
+from modsquad_ds.tasks import metrics_of
+from set_tasks import CASES, Case, set_task
 
 Fields = Mapping[str, Any]
 
 
-def spec_of(target: str) -> SetTask:
-    """The task of a target as a recipe with all defaults has it."""
-    images = {"all": {"data": "shards", "batch_size": 4}}
-    return SetTask.model_validate(completed_set_task(target, {"set": "all"}, images))
-
-
 def metric_of(target: str) -> Metric:
-    return build_metric(spec_of(target))
+    return build_metric(set_task(target))
 
 
 def shown(metric: Metric, prediction: Fields, label: Fields, valid: bool = True, **more: Any) -> None:
@@ -56,7 +52,7 @@ def test_every_row_has_its_metrics() -> None:
     assert {kind for kind, _ in MAP_METRICS} == set(LOSSES)
     assert {name for _, name in MAP_METRICS} == set(METRICS)
     for name in TARGETS:
-        spec = spec_of(name)
+        spec = set_task(name)
         assert tuple(build_metric(spec).compute()) == metrics_of(spec) == spec.row.metrics
 
 
@@ -76,10 +72,10 @@ def test_a_row_may_ask_for_any_metrics_of_its_kind_in_any_order() -> None:
     assert list(metric.compute()) == ["maxF", "odsF", "mIoU"]
 
 
-def drawn(target: str, seed: int) -> tuple[Fields, Fields]:
-    """Prediction and label of a random image, of a size of its own."""
+def drawn(target: str, seed: int, size: tuple[int, int] | None = None) -> tuple[Fields, Fields]:
+    """Prediction and label of a random image, by default of a size of its own."""
     row, generator = TARGETS[target], torch.Generator().manual_seed(seed)
-    size = (5 + seed % 3, 6)
+    size = size or (5 + seed % 3, 6)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -116,6 +112,19 @@ def test_metrics_do_not_depend_on_the_ranks(target: str) -> None:
     merged = metric_of(target)
     merged.merge(states)
     assert merged.compute() == expected
+
+
+@pytest.mark.parametrize("case", [*CASES, Case("regression", "l1", "depth_zbuffer")], ids=str)
+@pytest.mark.parametrize("window", [None, (0, 8, 32, 32)])
+def test_metrics_read_what_heads_answer(case: Case, window: tuple[int, ...] | None) -> None:
+    """On a canvas of 32 x 48, of which the window shows an image that is stored at half the size."""
+    torch.manual_seed(0)
+    head, metric = build_head(case.spec(), 8, 8).eval(), build_metric(case.spec())
+    _, label = drawn(case.target, 1, (32, 48) if window is None else (16, 16))
+    meta = {"valid": True, "size": (16, 16), "canvas": (32, 48), "window": window, "label": label}
+    found = head.predict(head(torch.randn(1, 8, 4, 6)), [meta])
+    metric.update(found, SubBatch(torch.zeros(0), {}, ("key",), (meta,), Finish((0, 0, 0), (1, 1, 1))))
+    assert all(math.isfinite(value) for value in metric.compute().values())
 
 
 def test_sums_do_not_depend_on_the_order_of_the_images() -> None:
