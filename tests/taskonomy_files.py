@@ -1,6 +1,6 @@
-"""Taskonomy's layout in miniature, with real photographs, and whatever may be wrong with such a folder, for the tests of its reader.
+"""Taskonomy's layout in miniature, with real photographs, and what may be wrong with its files, for the tests of the reader.
 
-    buildings: ackley (train, 3 views), bolton (train, 2), corozal (val, 2), rough (train; one that is never read)
+buildings: ackley (train, 3 views), bolton (train, 2), corozal (val, 2), rough (train; one that is never read)
 """
 
 import io
