@@ -256,7 +256,7 @@ class ShardSet:
         self.folder, self.open_shards, self.cache = folder, open_shards, cache
         files = _Fetched(folder, cache) if isinstance(folder, Url) else _Folder(Path(folder))
         self.index = files.index() if index is None else index
-        self.kind, self.classes = self.index.kind, self.index.classes
+        self.kind, self.classes, self.details = self.index.kind, self.index.classes, self.index.details
         self.shard_sizes = [entry.samples for entry in self.index.shards]
         for entry in self.index.shards:
             files.check(entry)

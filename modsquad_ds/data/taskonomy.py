@@ -38,7 +38,8 @@ FORBIDDEN = {
 """Buildings that are not read, as omnidata's downloader does not load them, and why."""
 DEPTHS = ("depth_zbuffer", "depth_euclidean")
 """What says where `masked` targets mean something: the first of these that a view has."""
-_VIEW = re.compile(r"(point_\d+_view_\d+)_domain_(\w+)")
+_FILE = re.compile(r"(point_\d+_view_\d+)_domain_(\w+)(\.\w+)", re.ASCII)
+"""View, domain and extension."""
 _BUILDING = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -184,14 +185,15 @@ class _Views:
         folder = self.src / task / self.below / building
         if not folder.is_dir():
             return None
+        domain, extensions = DOMAINS.get(task, task), _extensions(task)
         views: dict[str, str] = {}
         for name in _files(folder):
-            match, extension = _VIEW.fullmatch(Path(name).stem), Path(name).suffix
+            match = _FILE.fullmatch(name)
             file = f"{task}/{self.below}{building}/{name}"
             if match is None and not name.startswith("point_"):
                 continue
-            if match is None or match[2] != DOMAINS.get(task, task) or extension not in _extensions(task):
-                expected = f"point_<P>_view_<V>_domain_{DOMAINS.get(task, task)}{_extensions(task)[0]}"
+            if match is None or match[2] != domain or match[3] not in extensions:
+                expected = f"point_<P>_view_<V>_domain_{domain}{extensions[0]}"
                 self.bad.append(BadSample(file, f"is not named as a file of this folder, expected {expected}"))
             elif match[1] in views:
                 self.bad.append(BadSample(file, f"is of the same view as {Path(views[match[1]]).name}"))
@@ -256,6 +258,6 @@ def _file_of(sample: Sample, task: str) -> str:
     """Path of one of the view's files, from its image's."""
     _, _, below = sample.image.partition("/")
     folder, _, name = below.rpartition("/")
-    match = _VIEW.fullmatch(Path(name).stem)
+    match = _FILE.fullmatch(name)
     assert match is not None, "listed by _views_of"
     return f"{task}/{folder}/{match[1]}_domain_{DOMAINS.get(task, task)}{_extensions(task)[0]}"
