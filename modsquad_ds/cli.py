@@ -126,7 +126,7 @@ def shards(
     split: Annotated[str, typer.Option(help="Split to convert.")] = "train",
     samples_per_shard: Annotated[int, typer.Option(help="Samples per tar.")] = 1000,
     workers: Annotated[int, typer.Option(help="Processes.")] = len(os.sched_getaffinity(0)),
-    skip_bad: Annotated[bool, typer.Option(help="Leave out and count bad samples, and bad labels among many, not refuse.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out and count bad samples, or the bad of many labels.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace shards that are already there.")] = False,
     part: Annotated[str | None, typer.Option(metavar="I/N", help="Write only part I (0 to N-1) of N, for --merge.")] = None,
     merge: Annotated[int | None, typer.Option(metavar="N", help="Make OUT/SPLIT of its N parts.")] = None,
