@@ -17,7 +17,8 @@ from torch import Tensor
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.finish import finished_images, to_device
-from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
+from modsquad_ds.data.loader import eval_batches
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, check_split
 from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import write_json

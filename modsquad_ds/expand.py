@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
 from modsquad_ds.config import Recipe, UniqueKeys, recipe_from_tree, recipe_to_tree
-from modsquad_ds.data.loader import TRAIN, check_data
+from modsquad_ds.data.loader_plan import TRAIN, check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path
 from modsquad_ds.files import check_new_file, write_atomic

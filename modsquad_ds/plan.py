@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.order import Sampling
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError

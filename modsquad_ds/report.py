@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modsquad_ds import draw, draw_maps
 from modsquad_ds.data.decode import DetectionLabel, decode_sample
-from modsquad_ds.data.loader import VAL, LoaderPlan, SampleStore, check_data
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, SampleStore, check_data
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path, predict_split

@@ -13,7 +13,8 @@ from modsquad_ds import checkpoint
 from modsquad_ds.adapt import close, hide_unused, is_adaptation, without_unseen
 from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
-from modsquad_ds.data.loader import TRAIN, LoaderPlan, check_data, train_loader
+from modsquad_ds.data.loader import train_loader
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.errors import Stopped, UserError
 from modsquad_ds.files import make_folder, say, write_json, writing_to
 from modsquad_ds.model_file import ModelFile, write_model

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.types import Finish, RawSample, SubBatch
 from modsquad_ds.tasks import ClassificationTask, DetectionTask, SegmentationTask, TaskSpec
 

@@ -16,7 +16,8 @@ from memory import assert_equal, classification, detection, plan, segmentation
 from modsquad_ds.data import fetch as fetching
 from modsquad_ds.data import shards
 from modsquad_ds.data.convert import convert
-from modsquad_ds.data.loader import LoaderPlan, StepDataset, check_data, eval_batches, train_loader
+from modsquad_ds.data.loader import StepDataset, eval_batches, train_loader
+from modsquad_ds.data.loader_plan import LoaderPlan, check_data
 from modsquad_ds.data.quickstart import build
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError

@@ -33,7 +33,8 @@ from modsquad_ds.bench.photos import write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import IMAGE_FIELDS
 from modsquad_ds.data.finish import finished_images
-from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
+from modsquad_ds.data.loader import BatchLoader, StepDataset
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.types import RawSample, SubBatch
 from modsquad_ds.parallel.ranks import Ranks

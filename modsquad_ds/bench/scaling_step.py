@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from modsquad_ds.bench.measure import Row, environment, peak_memory, spread, spread_fields, wait_for_device
 from modsquad_ds.bench.routing import Load, balanced, load_of_ranks, observed
 from modsquad_ds.config import Recipe, recipe_from_tree
-from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
+from modsquad_ds.data.loader import BatchLoader, StepDataset
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.data.order import TaskSchedule
 from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.data.types import Batch
