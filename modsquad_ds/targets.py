@@ -18,8 +18,8 @@ soft_classification: a vector of class scores for the whole image. semantic: a c
 pixel. unit_vectors: a direction per pixel, camera frame. binary: yes or no per pixel, answered with a probability. segments:
 which pixels belong together; the ids themselves mean nothing.
 """
-Stored = Literal["npy", "grey8", "grey16", "rgb8"]
-"""`npy`: one float32 vector. Others: a PNG of that many channels and bits."""
+Stored = Literal["npy", "grey8", "grey16", "rgb8", "grey8_or_rgb8"]
+"""`npy`: one float32 vector. Others: a PNG of that many channels and bits; of `grey8_or_rgb8` grey counts as three equal ones."""
 Loss = Literal["mse", "l1", "cross_entropy", "cosine", "balanced", "pairs"]
 
 LOSSES: dict[TargetKind, tuple[Loss, ...]] = {
@@ -141,7 +141,7 @@ TASKONOMY: tuple[Target, ...] = (
     _map("keypoints3d", 1, "grey16", _full(65535.0), masked=True),
     Target("normal", "unit_vectors", 3, "rgb8", "cosine", ("mErr",), True),
     _map("principal_curvature", 2, "rgb8", _CURVATURE, masked=True, loss="mse"),
-    _map("reshading", 3, "rgb8", _full(255.0), masked=True),
+    _map("reshading", 3, "grey8_or_rgb8", _full(255.0), masked=True),
     Target("segment_unsup2d", "segments", 64, "grey8", "pairs", ("pair_acc",)),
     Target("segment_unsup25d", "segments", 64, "grey8", "pairs", ("pair_acc",), True),
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from modsquad_ds.data.png_check import SIGNATURE, check_png
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.tasks import CLASSIFICATION, DETECTION, KINDS, SEGMENTATION
@@ -89,6 +90,8 @@ def decode_mask(data: bytes) -> Tensor:
 def _as_tensor(data: bytes) -> Tensor:
     if not data:
         raise RuntimeError("empty file")
+    if data[:8] == SIGNATURE:
+        check_png(data)
     # bytearray: torch warns about memory that it may not write to.
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 

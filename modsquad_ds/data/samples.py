@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from modsquad_ds.data.decode import IGNORE_INDEX, decode_mask, decode_rgb
+from modsquad_ds.data.png_check import SIGNATURE, check_png
 from modsquad_ds.tasks import CLASSIFICATION, DETECTION, KINDS, SEGMENTATION
 
 IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".gif": "gif"}
@@ -120,6 +121,8 @@ def examine(data: bytes, file: str) -> Picture:
     if not data:
         raise BadSampleError(file, "is empty (0 bytes)")
     try:
+        if data.startswith(SIGNATURE):
+            check_png(data, deep=True)
         pixels = decode_rgb(data)
     except (RuntimeError, OSError, ValueError) as error:
         raise BadSampleError(file, f"does not decode: {_short(error)}") from error
