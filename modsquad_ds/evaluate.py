@@ -152,7 +152,7 @@ def check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
     """Equal numbers of classes under other names would give wrong metrics in silence."""
     for task, names in model.classes.items():
         folder = plan.folder(task, split)
-        found = list(plan.store(task, split).classes)
+        found = plan.classes(task, split)
         if found != names:
             first = next(i for i in range(len(names)) if found[i] != names[i])
             raise UserError(

@@ -102,7 +102,7 @@ def classes_of(recipe: Recipe, name: str, spec: TaskSpec) -> tuple[str, ...]:
     }  # fmt: skip
     plan = loader_plan(recipe_from_tree(alone, f"of task {name}"), Ranks())
     check_data(plan)
-    return tuple(plan.store(name, TRAIN).classes)
+    return tuple(plan.classes(name, TRAIN))
 
 
 def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Recipe:

@@ -156,7 +156,7 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
 def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:
     """Class names of all tasks: from the shards of those that learn, from the file that the run started from for the others."""
     known = trainer.start.classes if trainer.start is not None else {}
-    own = {task: list(plan.store(task, TRAIN).classes) for task in plan.tasks}
+    own = {task: plan.classes(task, TRAIN) for task in plan.tasks}
     for task in own.keys() & known.keys():
         if own[task] != known[task]:
             i = next(i for i, pair in enumerate(zip(own[task], known[task], strict=False)) if pair[0] != pair[1])

@@ -9,7 +9,7 @@ this machine's processor, as the share of bare decoding would be if the pipeline
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.types import RawSample, SubBatch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
-from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SegmentationTransform, TaskSpec
+from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SegmentationTransform, SetTransform, TaskSpec
 
 PHOTO_RECIPE = "heterogeneous"
 """The recipe that is measured on photographs when the user names none."""
@@ -73,7 +73,10 @@ class _Recorder:
 
     def __init__(self, store: ShardSet, files: list[bytes]) -> None:
         self._store, self._files = store, files
-        self.kind, self.classes, self.shard_sizes = self._store.kind, self._store.classes, self._store.shard_sizes
+        self.kind, self.classes, self.shard_sizes, self.details = store.kind, store.classes, store.shard_sizes, store.details
+
+    def fields(self, shard: int, sample: int) -> Collection[str]:
+        return self._store.fields(shard, sample)
 
     def read(self, shard: int, sample: int) -> RawSample:
         raw = self._store.read(shard, sample)
@@ -164,6 +167,9 @@ def beyond_decoding(spec: TaskSpec) -> str:
         case SegmentationTransform() as t:
             parts = ["mask decoded", f"random scale, crop to {t.crop[0]} x {t.crop[1]} px of both", "flip"]
             parts += ["photometric distortion"] if t.photometric else []
+        case SetTransform() as t:
+            parts = ["maps decoded", f"zoom, crop to {t.crop[0]} x {t.crop[1]} px of all", "flip"]
+            parts += [name for name, on in {"turned": t.rotate, "photometric distortion": t.photometric}.items() if on]
     return ", ".join(["read", *parts, "batch"])
 
 

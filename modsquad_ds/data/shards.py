@@ -253,7 +253,7 @@ class ShardSet:
         self.folder, self.open_shards, self.cache = folder, open_shards, cache
         files = _Fetched(folder, cache) if isinstance(folder, Url) else _Folder(Path(folder))
         self.index = files.index() if index is None else index
-        self.kind, self.classes = self.index.kind, self.index.classes
+        self.kind, self.classes, self.details = self.index.kind, self.index.classes, self.index.details
         self.shard_sizes = [entry.samples for entry in self.index.shards]
         for entry in self.index.shards:
             files.check(entry)
@@ -281,6 +281,10 @@ class ShardSet:
         fields = {field: _pread(opened, key, field, *place) for field, place in places.items()}
         self._check_fields(opened.path, key, fields)
         return RawSample(key, fields, opened.path)
+
+    def fields(self, shard: int, sample: int) -> frozenset[str]:
+        """Names of a sample's members, for which only the tar's index is read."""
+        return frozenset(self._open(self.index.shards[shard]).members[sample].fields)
 
     def announce(self, shards: Sequence[int]) -> None:
         """These are read next: what has to be fetched for that is fetched from now on, in this order, besides other work."""
