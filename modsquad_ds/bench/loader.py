@@ -127,17 +127,19 @@ def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row
 def cases_of(plan: LoaderPlan, images: int) -> Iterator[Case]:
     """The cases of a plan, each with enough micro-steps for `images` images or more."""
     first: Case | None = None
-    for name, spec in plan.tasks.items():
+    for name, tasks in plan.streams.items():
+        spec = plan.tasks[tasks[0]]
         kept = spec.transform.model_copy(update={key: PLAIN[key] for key in PLAIN if hasattr(spec.transform, key)})
-        plain = spec.model_copy(update={"transform": kept})
-        for title, version in {f"{name}, plain": plain, name: spec}.items() if plain != spec else [(name, spec)]:
-            alone = replace(plan, tasks={name: version})
-            case = Case(title, alone, range(-(-images // alone.rank_images(name))), beyond_decoding(version))
+        versions = {f"{name}, plain": kept, name: spec.transform} if kept != spec.transform else {name: kept}
+        for title, transform in versions.items():
+            alone = replace(plan, tasks={task: plan.tasks[task].model_copy(update={"transform": transform}) for task in tasks})
+            micro_steps = range(-(-images // alone.rank_images(tasks[0])))
+            case = Case(title, alone, micro_steps, beyond_decoding(alone.tasks[tasks[0]]))
             first = first or case
             yield case
     assert first is not None
     yield _in_worker(first)
-    if len(plan.tasks) > 1:
+    if len(plan.streams) > 1:
         steps = -(-images // max(plan.rank_images(name) for name in plan.tasks))
         together = Case("all tasks", plan, range(steps), "all of the above, in one batch")
         yield together

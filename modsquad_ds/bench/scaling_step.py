@@ -31,6 +31,7 @@ from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.traffic import counted
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.resume import find, resume
+from modsquad_ds.tasks import SetTask
 from modsquad_ds.trainer import Trainer, build_trainer, train_step
 
 ROUTINGS = ("learned", "balanced")
@@ -96,7 +97,7 @@ def like_steps(plan: LoaderPlan, rounds: int, cases: int) -> list[int]:
 
     So cases do the same work, and rounds differ as the recipe's steps do.
     """
-    schedule = TaskSchedule(plan.sampling, plan.seed, {name: spec.sampling_weight for name, spec in plan.tasks.items()})
+    schedule = TaskSchedule(plan.sampling, plan.seed, plan.sampling_weights)
     alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     chosen: list[int] = []
     for step in itertools.count():
@@ -110,7 +111,9 @@ def like_steps(plan: LoaderPlan, rounds: int, cases: int) -> list[int]:
 
 
 def _canvas(plan: LoaderPlan, name: str, step: int) -> Any:
-    spec = plan.tasks[name]
+    spec = plan.tasks[plan.streams[name][0]]
+    if isinstance(spec, SetTask):
+        return spec.transform.crop
     return TRANSFORMS[spec.kind].canvas(spec.transform, plan.seed, name, step)
 
 
