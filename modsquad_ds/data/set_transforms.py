@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate, pad
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -164,19 +164,21 @@ def scale_of(row: Target) -> Scale:
 def _averaged(sample: SetSample, rows: Sequence[Target], geometry: Geometry, zoom: float) -> dict[str, Entries]:
     """Regression and unit vectors: averages of the valid pixels, all maps in one go."""
     stack = torch.empty(sum(row.channels for row in rows), *_size(sample))
+    channels = [row.channels for row in rows]
     masks: list[Tensor] = []  # bool [H, W], each once
-    mask_of: dict[str, int | None] = {}
-    parts = dict(zip((row.name for row in rows), stack.split([row.channels for row in rows]), strict=True))
-    for row in rows:
-        mask = _prepare(parts[row.name].copy_(sample.targets[row.name]), row, sample.valid if row.masked else None, zoom)
+    mask_of: list[int | None] = []
+    for row, values in zip(rows, stack.split(channels), strict=True):
+        mask = _prepare(values.copy_(sample.targets[row.name]), row, sample.valid if row.masked else None, zoom)
         if mask is None and geometry.angle is not None:  # at the edge, what lies beyond it has to be left out
             mask = torch.ones(_size(sample), dtype=torch.bool)
-        mask_of[row.name] = None if mask is None else _place_of(mask, masks)
-    moved = _moved(stack, geometry, "bilinear")
-    weights = _moved(torch.stack(masks).to(torch.float32), geometry, "bilinear") if masks else moved[:0]
+        mask_of.append(None if mask is None else _place_of(mask, masks))
+    known = torch.stack(masks).to(torch.float32) if masks else stack[:0]
+    for values, index in zip(stack.split(channels), mask_of, strict=True):
+        if index is not None:
+            values.mul_(known[index])
+    moved, weights = _moved(stack, geometry, "bilinear"), _moved(known, geometry, "bilinear")
     inside, found = _inside(geometry), {}
-    for row, values in zip(rows, moved.split([row.channels for row in rows]), strict=True):
-        index = mask_of[row.name]
+    for row, values, index in zip(rows, moved.split(channels), mask_of, strict=True):
         valid = inside if index is None else inside & (weights[index] >= _HALF)
         if index is not None:
             values = values / weights[index].clamp(min=_HALF)
@@ -186,13 +188,13 @@ def _averaged(sample: SetSample, rows: Sequence[Target], geometry: Geometry, zoo
 
 
 def _prepare(values: Tensor, row: Target, valid: Tensor | None, zoom: float) -> Tensor | None:
-    """Whatever is not linear, in place, on the raw map `[C, H, W]`; invalid pixels become 0.
+    """Whatever is not linear, in place, on the raw map `[C, H, W]`.
 
     The result is where the map is valid, None for everywhere.
     """
     if row.kind == "unit_vectors":
         values.div_(127.5).sub_(1)
-        length = torch.linalg.vector_norm(values, dim=0)
+        length = _length(values)
         valid = _and(length >= _NO_DIRECTION, valid)
         values.div_(length.clamp_(min=_NO_DIRECTION))
     elif row.metres is not None:
@@ -208,8 +210,6 @@ def _prepare(values: Tensor, row: Target, valid: Tensor | None, zoom: float) -> 
             values.clamp_(low, high)
         if scale.log:
             values.log1p_()
-    if valid is not None:
-        values.mul_(valid)
     return valid
 
 
@@ -246,7 +246,7 @@ def _directions(values: Tensor, valid: Tensor, geometry: Geometry) -> tuple[Tens
         cos, sin = _cos_sin(geometry.angle)
         x, y = x * cos + y * sin, y * cos - x * sin
     turned = torch.stack([-x if geometry.flip else x, y, z])
-    length = torch.linalg.vector_norm(turned, dim=0)
+    length = _length(turned)
     return turned / length.clamp(min=_NO_DIRECTION), valid & (length >= _NO_DIRECTION)
 
 
@@ -273,16 +273,17 @@ def _nearest(sample: SetSample, rows: Sequence[Target], geometry: Geometry) -> d
 
 def _moved(maps: Tensor, geometry: Geometry, mode: str) -> Tensor:
     """Maps `[n, H, W]` -> `[n, h, w]` of the window, 0 beyond the picture; averages are antialiased."""
-    if tuple(maps.shape[-2:]) != geometry.size:
+    if geometry.angle is not None and mode == "nearest-exact":  # from the stored map: its nearest pixel, found once
+        return _sampled(maps.float(), geometry, "nearest").to(maps.dtype)
+    if len(maps) and tuple(maps.shape[-2:]) != geometry.size:
         smooth = {"antialias": True} if mode == "bilinear" else {}
         maps = interpolate(maps[None], geometry.size, mode=mode, **smooth)[0]
     if geometry.angle is not None:
-        turned = _sampled(maps.float(), geometry, "bilinear" if mode == "bilinear" else "nearest")
-        return turned.to(maps.dtype)
+        return _sampled(maps, geometry, "bilinear")
     maps = maps.flip(-1) if geometry.flip else maps
     top, left, height, width = geometry.window
     bottom, right = top + height - maps.shape[-2], left + width - maps.shape[-1]
-    return torch.nn.functional.pad(maps, (-left, right, -top, bottom))
+    return pad(maps, (-left, right, -top, bottom))
 
 
 def _inside(geometry: Geometry) -> Tensor:
@@ -296,7 +297,7 @@ def _inside(geometry: Geometry) -> Tensor:
 
 
 def _sampled(maps: Tensor, geometry: Geometry, mode: str) -> Tensor:
-    """float32 maps `[n, *size]` turned and mirrored, `[n, h, w]` of the window, 0 beyond the picture."""
+    """float32 maps `[n, H, W]` of the whole picture turned and mirrored: `[n, h, w]` of the window, 0 beyond the picture."""
     return grid_sample(maps[None], _grid(geometry)[None], mode=mode, padding_mode="zeros", align_corners=False)[0]
 
 
@@ -317,22 +318,34 @@ def _cos_sin(angle: float | None) -> tuple[float, float]:
     return math.cos(math.radians(angle)), math.sin(math.radians(angle))
 
 
+def _length(vectors: Tensor) -> Tensor:
+    """`[C, H, W]` -> `[H, W]`; torch's own norm is fifty times slower along this axis."""
+    return vectors.square().sum(0).sqrt_()
+
+
 @functools.lru_cache
-def _gaussian(deviation: float) -> Tensor:
+def _gaussian(deviation: float) -> list[float]:
     """Weights of a Gaussian at whole pixels out to four deviations, their sum 1."""
     reach = math.ceil(4 * deviation)
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / deviation) ** 2)
-    return (weights / weights.sum()).float()
+    return (weights / weights.sum()).tolist()
 
 
 def _blur(values: Tensor, valid: Tensor | None, deviation: float) -> None:
     """Smooth `[C, H, W]` in place; the weights of invalid pixels and of what lies beyond the edge go to the others."""
-    weight = _gaussian(deviation)
-    reach = len(weight) // 2
-
-    def smooth(maps: Tensor) -> Tensor:
-        maps = conv2d(maps[:, None], weight[None, None, :, None], padding=(reach, 0))
-        return conv2d(maps, weight[None, None, None, :], padding=(0, reach))[:, 0]
-
     known = torch.ones(1, *values.shape[-2:]) if valid is None else valid[None].to(torch.float32)
-    values.copy_(smooth(values * known) / smooth(known).clamp(min=1e-6))
+    maps = torch.cat([values * known, known])
+    for axis in (1, 2):
+        maps = _smoothed(maps, _gaussian(deviation), axis)
+    torch.div(maps[:-1], maps[-1:].clamp_(min=1e-6), out=values)
+
+
+def _smoothed(maps: Tensor, weights: Sequence[float], axis: int) -> Tensor:
+    """Sum of the weighted neighbours along an axis, 0 beyond the edge. torch's convolution of one channel is far slower."""
+    side, reach, smoothed = maps.shape[axis], len(weights) // 2, torch.zeros_like(maps)
+    for shift, weight in zip(range(-reach, reach + 1), weights, strict=True):
+        length = side - abs(shift)
+        if length > 0:
+            seen = maps.narrow(axis, max(shift, 0), length)
+            smoothed.narrow(axis, max(-shift, 0), length).add_(seen, alpha=weight)
+    return smoothed

@@ -1,0 +1,434 @@
+"""One geometry for a picture and its labels: against loops, against geometry worked out anew, and with numbers by hand."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modsquad_ds.data.collate import Pixels
+from modsquad_ds.data.set_decode import SetSample
+from modsquad_ds.data.set_transforms import Geometry, labels, middle_geometry, picture, random_geometry, set_eval, set_train
+from modsquad_ds.data.transforms import seeded
+from modsquad_ds.targets import DEPTH_HOLE, PASCAL_CONTEXT, TARGETS, TASKONOMY, Scale, Target
+from modsquad_ds.tasks import SetTransform
+
+PIXELS = Pixels((120.0, 110.0, 100.0), (60.0, 60.0, 60.0), 16)
+PLAIN = Target("plain", "regression", 1, "grey8", "l1", ("L1",), True, Scale((0.0,), (1.0,), to=(0.0, 1.0)))
+
+
+def raw_map(row: Target, size: tuple[int, int]) -> Tensor:
+    """Random numbers as `row` is stored."""
+    if row.stored == "npy":
+        return torch.rand(row.channels)
+    if row.stored == "grey16":
+        return torch.randint(1, 60000, (1, *size), dtype=torch.int32)
+    channels = row.channels if row.kind == "regression" else 1 if row.stored == "grey8" else 3
+    return torch.randint(row.channels if row.kind == "semantic" else 256, (channels, *size), dtype=torch.uint8)
+
+
+def sample_of(rows: Sequence[Target], size: tuple[int, int] = (24, 32), valid: Tensor | None = None, seed: int = 0) -> SetSample:
+    with seeded(seed):
+        image = torch.randint(256, (3, *size), dtype=torch.uint8)
+        return SetSample(image, {row.name: raw_map(row, size) for row in rows}, valid)
+
+
+def whole(size: tuple[int, int], flip: bool = False, angle: float | None = None) -> Geometry:
+    return Geometry(1.0, size, angle, flip, (0, 0, *size))
+
+
+def holes(size: tuple[int, int], seed: int = 1) -> Tensor:
+    """A mask with a large hole and single ones."""
+    with seeded(seed):
+        mask = torch.rand(size) > 0.2
+    mask[size[0] // 3 : size[0] // 2, size[1] // 4 : size[1] // 2] = False
+    return mask
+
+
+# ---------------------------------------------------------------- averages against loops
+
+
+def triangle_weights(source: int, wanted: int) -> list[list[float]]:
+    """Weight of each source pixel in each of the wanted ones: a triangle as wide as a wanted pixel, or as a source one."""
+    scale = source / wanted
+    reach = max(scale, 1.0)
+    rows = []
+    for place in range(wanted):
+        middle = (place + 0.5) * scale
+        row = [max(0.0, 1 - abs(pixel + 0.5 - middle) / reach) for pixel in range(source)]
+        rows.append([weight / sum(row) for weight in row])
+    return rows
+
+
+def resized_by_loop(values: Tensor, valid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Averages over valid pixels and the share of valid weight, pixel by pixel."""
+    down, across = triangle_weights(values.shape[0], size[0]), triangle_weights(values.shape[1], size[1])
+    mean, share = torch.zeros(size), torch.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            total = weight = 0.0
+            for y, in_row in enumerate(down[i]):
+                for x, in_column in enumerate(across[j]):
+                    if in_row * in_column and valid[y, x]:
+                        weight += in_row * in_column
+                        total += in_row * in_column * float(values[y, x])
+            mean[i, j], share[i, j] = total / weight if weight else 0.0, weight
+    return mean, share
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (21, 19), (12, 12)])
+def test_depth_with_holes_is_resized_as_a_loop_does(size: tuple[int, int]) -> None:
+    row = TARGETS["depth_zbuffer"]
+    sample = sample_of([row], (12, 12), holes((12, 12)))
+    sample.targets[row.name][0, 9, 9] = DEPTH_HOLE  # a hole that the mask does not know of
+    found = labels(sample, [row], Geometry(1.0, size, None, False, (0, 0, *size)))[row.name]
+    valid = sample.valid & (sample.targets[row.name][0] != DEPTH_HOLE)
+    mean, share = resized_by_loop(sample.targets[row.name][0].double().log1p() / math.log(65536), valid, size)
+    sure = (share - 0.5).abs() > 1e-3
+    assert torch.equal(found["valid"][sure], (share > 0.5)[sure])
+    kept = found["valid"] & sure
+    assert kept.any() and not kept.all()
+    torch.testing.assert_close(found["values"][0][kept], mean[kept], atol=1e-5, rtol=0)
+    assert not found["values"][0][~found["valid"]].any()
+
+
+def test_half_of_a_pixel_is_enough_to_be_valid() -> None:
+    values = torch.tensor([[[10, 99, 30, 30]]], dtype=torch.uint8).expand(1, 4, 4)
+    valid = torch.tensor([[True, False, True, True]]).expand(4, 4)
+    # To half the size: pixel 0 weighs 3/7 of itself, 3/7 of 99 and 1/7 of 30; 4/7 are valid: (3 * 10 + 30) / 4.
+    sample = SetSample(torch.zeros(3, 4, 4, dtype=torch.uint8), {"plain": values}, valid)
+    found = labels(sample, [PLAIN], Geometry(1.0, (2, 2), None, False, (0, 0, 2, 2)))["plain"]
+    assert found["valid"].all()
+    torch.testing.assert_close(found["values"][0, 0], torch.tensor([15.0, 30.0]))
+
+
+def test_blur_is_a_gaussian_over_valid_pixels() -> None:
+    row = TARGETS["edge_occlusion"]
+    assert row.scale is not None and row.scale.blur == 4
+    size = (20, 23)
+    sample = sample_of([row], size, holes(size))
+    assert sample.valid is not None
+    found = labels(sample, [row], whole(size))[row.name]
+    raw = sample.targets[row.name][0].double()
+    for i, j in ((0, 0), (10, 20), (19, 3), (5, 11)):
+        total = weight = 0.0
+        for y in range(max(i - 16, 0), min(i + 17, 20)):
+            for x in range(max(j - 16, 0), min(j + 17, 23)):
+                if sample.valid[y, x]:
+                    share = math.exp(-((y - i) ** 2 + (x - j) ** 2) / 32)
+                    weight, total = weight + share, total + share * float(raw[y, x])
+        expected = -1 + 2 * (total / weight) / (0.00625 * 65535) if sample.valid[i, j] else 0.0
+        assert found["values"][0, i, j].item() == pytest.approx(expected, rel=1e-4)
+        assert found["valid"][i, j] == sample.valid[i, j]
+
+
+def test_scales_by_hand() -> None:
+    def scaled(name: str, *raw: int) -> list[float]:
+        row = TARGETS[name]
+        dtype = torch.int32 if row.stored == "grey16" else torch.uint8
+        values = torch.tensor(raw, dtype=dtype)[:, None, None].expand(-1, 2, 2)
+        sample = SetSample(torch.zeros(3, 2, 2, dtype=torch.uint8), {name: values}, None)
+        found = labels(sample, [row], whole((2, 2)))[name]
+        assert found["valid"].all()
+        return found["values"][:, 0, 0].tolist()
+
+    assert scaled("keypoints3d", 65535) == pytest.approx([1.0])
+    assert scaled("keypoints3d", 0) == pytest.approx([-1.0])
+    assert scaled("edge_texture", 5243) == scaled("edge_texture", 60000) == pytest.approx([1.0])  # clipped at 5242.8
+    assert scaled("depth_zbuffer", 255) == pytest.approx([0.5], abs=1e-6)  # log 256 / log 65536
+    # Mean and standard deviation of the curvatures become 0 and 1, as (0, 1) of (-1, 1) is half of the way.
+    assert scaled("principal_curvature", 155, 120) == pytest.approx([(155 - 123.572) / 31.922, -0.1 / 21.658], rel=1e-4)
+    assert scaled("reshading", 0, 51, 255) == pytest.approx([-1.0, -0.6, 1.0], abs=1e-6)
+
+
+def test_depth_by_zoom_divides_the_raw_depth() -> None:
+    row = TARGETS["depth_zbuffer"]
+    values = torch.full((1, 4, 4), 1024, dtype=torch.int32)
+    sample = SetSample(torch.zeros(3, 4, 4, dtype=torch.uint8), {row.name: values}, None)
+    near = labels(sample, [row], Geometry(2.0, (8, 8), None, False, (0, 0, 8, 8)), depth_by_zoom=True)[row.name]
+    assert near["values"].flatten().tolist() == pytest.approx([math.log(513) / math.log(65536)] * 64, abs=1e-6)
+    same = labels(sample, [row], Geometry(2.0, (8, 8), None, False, (0, 0, 8, 8)))[row.name]
+    assert same["values"][0, 0, 0].item() == pytest.approx(math.log(1025) / math.log(65536), abs=1e-6)
+
+
+# ---------------------------------------------------------------- what does not count changes nothing
+
+
+@pytest.mark.parametrize("angle", [None, 17.0])
+def test_no_invalid_pixel_ever_changes_a_valid_value(angle: float | None) -> None:
+    rows, size = TASKONOMY, (24, 32)
+    valid = holes(size)
+    sample = sample_of(rows, size, valid)
+    spoiled = SetSample(sample.image, {name: values.clone() for name, values in sample.targets.items()}, valid)
+    for row in rows:
+        if row.masked:
+            spoiled.targets[row.name][:, ~valid] = raw_map(row, size)[:, ~valid]
+            if row.metres:
+                spoiled.targets[row.name][:, ~valid] = DEPTH_HOLE
+    geometry = Geometry(0.6, (15, 19), angle, True, (-2, 1, 16, 16))
+    found, again = (labels(one, rows, geometry) for one in (sample, spoiled))
+    assert list(found) == [row.name for row in rows]
+    for name, entries in found.items():
+        for entry, values in entries.items():
+            assert torch.equal(values, again[name][entry]), (name, entry)
+    assert 0 < int(found["normal"]["valid"].sum()) < 256
+
+
+def test_beyond_the_picture_nothing_is_valid() -> None:
+    rows = (*TASKONOMY, *PASCAL_CONTEXT)
+    for angle in (None, 30.0):
+        found = labels(sample_of(rows, (10, 12)), rows, Geometry(1.0, (10, 12), angle, False, (-3, -2, 16, 16)))
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[3:13, 2:14] = True
+        if angle is not None:
+            inside = found["edge_texture"]["valid"]
+            assert 60 < int(inside.sum()) <= 120
+        assert torch.equal(found["edge_texture"]["valid"], inside)
+        assert torch.equal(found["sal"]["valid"], inside) or angle is not None
+        assert (found["semseg"]["labels"][~inside] == 255).all() and (found["semseg"]["labels"][inside] < 21).all()
+        assert (found["segment_unsup2d"]["labels"][~inside] == -1).all()
+        for entries in found.values():
+            if "values" in entries:
+                assert not entries["values"][..., ~entries["valid"]].any()
+
+
+def test_masked_labels_and_vectors_of_no_length_are_not_valid() -> None:
+    valid = torch.ones(4, 4, dtype=torch.bool)
+    valid[0] = False
+    rows = [TARGETS[name] for name in ("normal", "segment_unsup2d", "segment_unsup25d")]
+    sample = sample_of(rows, (4, 4), valid)
+    sample.targets["normal"][:, 1] = 128  # the middle: no direction
+    sample.targets["normal"][:, 2] = torch.tensor([255, 128, 128], dtype=torch.uint8)[:, None]
+    sample.targets["normal"][:, 3] = torch.tensor([200, 250, 128], dtype=torch.uint8)[:, None]
+    found = labels(sample, rows, whole((4, 4)))
+    assert found["normal"]["valid"].all(1).tolist() == [False, False, True, True]
+    x, y, _ = found["normal"]["values"][:, 3, 0].tolist()
+    assert x / y == pytest.approx((200 / 127.5 - 1) / (250 / 127.5 - 1), rel=1e-5)
+    torch.testing.assert_close(found["normal"]["values"][:, 2:].norm(dim=0), torch.ones(2, 4))
+    assert (found["segment_unsup25d"]["labels"][0] == -1).all() and (found["segment_unsup2d"]["labels"] >= 0).all()
+    assert torch.equal(found["segment_unsup2d"]["labels"], sample.targets["segment_unsup2d"][0].long())
+
+
+# ---------------------------------------------------------------- directions, from surfaces whose normals are known
+
+
+def normals_of(depth: Callable[[Tensor, Tensor], Tensor], size: int) -> Tensor:
+    """Towards the eye, `[3, size, size]`, of the surface z = depth(x, y), x to the right and y down from the middle."""
+    at = torch.arange(size, dtype=torch.float64) + 0.5 - size / 2
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    step = 1e-4
+    slope_x = (depth(x + step, y) - depth(x - step, y)) / (2 * step)
+    slope_y = (depth(x, y + step) - depth(x, y - step)) / (2 * step)
+    normal = torch.stack([slope_x, slope_y, -torch.ones_like(x)])
+    return normal / normal.norm(dim=0)
+
+
+def bowl(x: Tensor, y: Tensor) -> Tensor:
+    """Part of a sphere off the middle, on a slant: no symmetry of its own."""
+    return 60 - (3600 - (x - 5) ** 2 - (y + 9) ** 2).sqrt() + 0.3 * x - 0.1 * y
+
+
+def rotated(depth: Callable[[Tensor, Tensor], Tensor], angle: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The surface turned anticlockwise as one looks at it: what was to the right of the middle comes to lie above it."""
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return lambda x, y: depth(x * cos - y * sin, x * sin + y * cos)
+
+
+def mirrored(depth: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: depth(-x, y)
+
+
+@pytest.mark.parametrize(
+    ("angle", "flip"), [(None, True), (90.0, False), (20.0, False), (-35.0, False), (20.0, True), (180.0, True)]
+)
+def test_normals_turn_with_the_surface(angle: float | None, flip: bool) -> None:
+    size = 48
+    row = TARGETS["normal"]
+    raw = ((normals_of(bowl, size) + 1) * 127.5).round().to(torch.uint8)
+    sample = SetSample(torch.zeros(3, size, size, dtype=torch.uint8), {"normal": raw}, None)
+    found = labels(sample, [row], whole((size, size), flip, angle))["normal"]
+    surface = bowl if angle is None else rotated(bowl, angle)
+    expected = normals_of(mirrored(surface) if flip else surface, size)
+    off = (found["values"].double() * expected).sum(0).clamp(-1, 1).acos().rad2deg()
+    middle = torch.zeros(size, size, dtype=torch.bool)
+    middle[8:-8, 8:-8] = True
+    assert found["valid"][middle].all()
+    assert off[found["valid"]].max() < 1.0, "degrees; bytes are good for half of one"
+    still = (normals_of(bowl, size) * expected).sum(0).clamp(-1, 1).acos().rad2deg()
+    assert still.mean() > 3, "the test would not notice if nothing turned"
+
+
+def test_anticlockwise_moves_the_right_edge_to_the_top() -> None:
+    row = TARGETS["segment_unsup2d"]
+    ids = torch.zeros(1, 6, 6, dtype=torch.uint8)
+    ids[0, 2, 5] = 9
+    image = torch.zeros(3, 6, 6, dtype=torch.uint8)
+    image[:, 2, 5] = 200
+    sample = SetSample(image, {row.name: ids}, None)
+    geometry = whole((6, 6), angle=90.0)
+    assert (labels(sample, [row], geometry)[row.name]["labels"] == 9).nonzero().tolist() == [[0, 2]]
+    shown, _ = picture(image, geometry, False, PIXELS)
+    assert (shown[0] == 200).nonzero().tolist() == [[0, 2]]
+
+
+# ---------------------------------------------------------------- one draw for all
+
+
+SPECS: list[dict[str, Any]] = [
+    {"crop": (16, 16)},
+    {"crop": (16, 24), "resize": (20, 20), "zoom": (0.5, 1.5)},
+    {"crop": (32, 32), "zoom": (0.75, 1.25), "rotate": 20.0},
+]
+
+
+@pytest.mark.parametrize("changes", SPECS)
+def test_labels_lie_where_the_picture_does(changes: dict[str, Any]) -> None:
+    """A picture that is smooth and its own label: both arrive alike, whatever the draw."""
+    spec = SetTransform(**changes)
+    ramp = (torch.arange(28)[:, None] * 5 + torch.arange(36) * 3).clamp(max=255).to(torch.uint8)
+    row = Target("copy", "regression", 3, "rgb8", "l1", ("L1",), scale=Scale((0.0,), (255.0,), to=(0.0, 255.0)))
+    ids = Target("ids", "segments", 2, "grey8", "pairs", ("pair_acc",))
+    sample = SetSample(ramp.expand(3, -1, -1).contiguous(), {"copy": ramp.expand(3, -1, -1), "ids": ramp[None]}, None)
+    flips = set()
+    for seed in range(12):
+        with seeded(seed):
+            ready = set_train(sample, (row, ids), spec, PIXELS)
+        with seeded(seed):
+            flips.add(random_geometry((28, 36), spec).flip)
+        assert ready.image.shape == (3, *spec.crop)
+        copy, valid = ready.target["copy"]["values"], ready.target["copy"]["valid"]
+        # Corners that turning uncovers are blended with the mean colour.
+        sure = valid & (torch.nn.functional.avg_pool2d(valid[None].float(), 3, 1, 1)[0] > 0.99) if spec.rotate else valid
+        assert sure.any()
+        assert (ready.image.float() - copy).abs()[:, sure].max() <= 2, "resizing bytes rounds, and turning rounds again"
+        near = ready.target["ids"]["labels"]
+        assert (near.float() - copy[0]).abs()[sure & (near >= 0)].max() <= 5
+        if ready.area is None:
+            assert spec.rotate
+        else:
+            top, left, bottom, right = ready.area
+            assert valid[top:bottom, left:right].all() and int(valid.sum()) == (bottom - top) * (right - left)
+    assert flips == {True, False}
+
+
+def test_the_draw_does_not_depend_on_what_is_wanted() -> None:
+    rows = (*TASKONOMY, *PASCAL_CONTEXT)
+    spec = SetTransform(crop=(16, 16), zoom=(0.5, 1.5), rotate=10.0, photometric=True)
+    sample = sample_of(rows, valid=holes((24, 32)))
+    for seed in range(4):
+        with seeded(seed):
+            everything = set_train(sample, rows, spec, PIXELS)
+        for row in rows[::3]:
+            with seeded(seed):
+                alone = set_train(sample, (row,), spec, PIXELS)
+            assert torch.equal(alone.image, everything.image)
+            assert list(alone.target) == [row.name]
+            for name, entry in alone.target[row.name].items():
+                assert torch.equal(entry, everything.target[row.name][name])
+
+
+def test_photometric_distortion_leaves_labels_alone() -> None:
+    rows = TASKONOMY
+    sample = sample_of(rows)
+    plain, distorted = SetTransform(crop=(16, 16)), SetTransform(crop=(16, 16), photometric=True)
+    changed = 0
+    for seed in range(4):
+        with seeded(seed):
+            one = set_train(sample, rows, plain, PIXELS)
+        with seeded(seed):
+            other = set_train(sample, rows, distorted, PIXELS)
+        changed += not torch.equal(one.image, other.image)
+        for name in one.target:
+            assert all(torch.equal(one.target[name][entry], other.target[name][entry]) for entry in one.target[name])
+    assert changed
+
+
+def test_every_window_occurs_and_none_reaches_beyond_a_larger_picture() -> None:
+    spec = SetTransform(crop=(4, 4))
+    with seeded(0):
+        larger = {random_geometry((6, 4), spec).window for _ in range(60)}
+        smaller = {random_geometry((3, 4), spec).window for _ in range(60)}
+    assert larger == {(top, 0, 4, 4) for top in range(3)}
+    assert smaller == {(-top, 0, 4, 4) for top in range(2)}
+
+
+@pytest.mark.parametrize("changes", SPECS)
+def test_every_pixel_of_the_batch_is_written(changes: dict[str, Any]) -> None:
+    spec, sample = SetTransform(**changes), sample_of(TASKONOMY)
+    for seed in range(4):
+        images = []
+        for value in (0, 255):
+            out = torch.full((3, *spec.crop), value, dtype=torch.uint8)
+            with seeded(seed):
+                ready = set_train(sample, TASKONOMY, spec, PIXELS, out)
+            assert ready.image is out
+            images.append(out)
+        with seeded(seed):
+            images.append(set_train(sample, TASKONOMY, spec, PIXELS).image)
+        assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+
+
+def test_turned_corners_have_the_mean_colour() -> None:
+    shown, area = picture(torch.full((3, 16, 16), 255, dtype=torch.uint8), whole((16, 16), angle=45.0), False, PIXELS)
+    assert shown[:, 0, 0].tolist() == [120, 110, 100] and shown[:, 8, 8].tolist() == [255] * 3
+    assert area == (0, 0, 16, 16)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_scored_at_the_input_the_label_lies_on_the_canvas() -> None:
+    rows = PASCAL_CONTEXT
+    spec = SetTransform(crop=(16, 16), resize=(20, 20), zoom=(0.5, 2.0), rotate=20.0, photometric=True)
+    sample = sample_of(rows)
+    ready = set_eval(sample, rows, spec, PIXELS)
+    assert ready.meta["size"] == (24, 32) and ready.meta["canvas"] == (16, 16) and ready.meta["window"] is None
+    expected = labels(sample, rows, Geometry(1.0, (20, 20), None, False, (2, 2, 16, 16)))
+    for name, entries in expected.items():
+        for entry, values in entries.items():
+            assert torch.equal(ready.meta["label"][name][entry], values) and torch.equal(ready.target[name][entry], values)
+    assert ready.area == (0, 0, 16, 16) and ready.meta["valid"] is True
+
+
+@pytest.mark.parametrize(("size", "window"), [((11, 13), (3, 2, 11, 13)), ((16, 16), (0, 0, 16, 16)), ((1, 16), (8, 0, 1, 16))])
+def test_window_is_where_the_whole_image_lies(size: tuple[int, int], window: tuple[int, ...]) -> None:
+    rows = PASCAL_CONTEXT
+    spec = SetTransform(crop=(16, 16), score_at="original")
+    sample = sample_of(rows, size)
+    ready = set_eval(sample, rows, spec, PIXELS)
+    top, left, height, width = ready.meta["window"]
+    # In the middle; of an odd rest, the larger part comes first.
+    assert (height, width) == size and ready.area == (top, left, top + height, left + width)
+    assert (top, left, height, width) == window
+    assert torch.equal(ready.image[:, top : top + height, left : left + width], sample.image)
+    stored = sample.targets["semseg"][0].long()
+    assert torch.equal(ready.meta["label"]["semseg"]["labels"], stored)
+    assert torch.equal(ready.target["semseg"]["labels"][top : top + height, left : left + width], stored)
+
+
+def test_original_scale_keeps_stored_labels_of_a_resized_image() -> None:
+    rows = PASCAL_CONTEXT
+    ready = set_eval(sample_of(rows), rows, SetTransform(crop=(16, 32), resize=(16, 16), score_at="original"), PIXELS)
+    assert ready.meta["window"] == (0, 8, 16, 16)
+    assert ready.meta["label"]["normals"]["values"].shape == (3, 24, 32)
+    assert ready.target["normals"]["values"].shape == (3, 16, 32)
+    with pytest.raises(ValueError, match=r"24x32 is larger than transform\.crop 16x16"):
+        set_eval(sample_of(rows), rows, SetTransform(crop=(16, 16), score_at="original"), PIXELS)
+
+
+def test_binary_is_over_half_of_255() -> None:
+    row = TARGETS["sal"]
+    values = torch.tensor([[[0, 127], [128, 255]]], dtype=torch.uint8)
+    sample = SetSample(torch.zeros(3, 2, 2, dtype=torch.uint8), {"sal": values}, None)
+    assert labels(sample, [row], whole((2, 2)))["sal"]["values"].tolist() == [[0, 0], [1, 1]]
+    assert middle_geometry((2, 2), SetTransform(crop=(4, 4))).window == (-1, -1, 4, 4)
+
+
+def test_ids_are_those_of_the_nearest_pixel() -> None:
+    row = TARGETS["segment_unsup2d"]
+    ids = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
+    sample = SetSample(torch.zeros(3, 4, 4, dtype=torch.uint8), {row.name: ids}, None)
+    halved = labels(sample, [row], Geometry(0.5, (2, 2), None, True, (0, 0, 2, 2)))[row.name]["labels"]
+    assert halved.tolist() == [[7, 5], [15, 13]] and halved.dtype == torch.int64
