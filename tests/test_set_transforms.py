@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modsquad_ds.data import set_transforms
 from modsquad_ds.data.collate import Pixels
 from modsquad_ds.data.set_decode import SetSample
 from modsquad_ds.data.set_transforms import Geometry, labels, middle_geometry, picture, random_geometry, set_eval, set_train
@@ -194,6 +195,26 @@ def test_beyond_the_picture_nothing_is_valid() -> None:
                 assert not entries["values"][..., ~entries["valid"]].any()
 
 
+def test_the_edge_of_a_turned_map_is_not_mixed_with_what_lies_beyond() -> None:
+    row = TARGETS["edge_texture"]
+    values = torch.full((1, 12, 12), 4000, dtype=torch.int32)
+    sample = SetSample(torch.zeros(3, 12, 12, dtype=torch.uint8), {row.name: values}, None)
+    found = labels(sample, [row], whole((12, 12), angle=30.0))[row.name]
+    assert 80 < int(found["valid"].sum()) < 144
+    torch.testing.assert_close(found["values"][0][found["valid"]].unique().mean(), torch.tensor(-1 + 2 * 4000 / (0.08 * 65535)))
+    assert found["values"][0][found["valid"]].std() < 1e-5
+
+
+def test_long_and_short_vectors_weigh_alike() -> None:
+    row = TARGETS["normal"]
+    values = torch.full((3, 2, 2), 127.5).round()
+    values[0, 0] = 191  # 0.5 to the right, above 1.0 downwards
+    values[1, 1] = 255
+    sample = SetSample(torch.zeros(3, 2, 2, dtype=torch.uint8), {"normal": values.to(torch.uint8)}, None)
+    x, y, _ = labels(sample, [row], Geometry(0.5, (1, 1), None, False, (0, 0, 1, 1)))["normal"]["values"].flatten().tolist()
+    assert x == pytest.approx(y, abs=0.01) and x == pytest.approx(math.sqrt(0.5), abs=0.01)
+
+
 def test_masked_labels_and_vectors_of_no_length_are_not_valid() -> None:
     valid = torch.ones(4, 4, dtype=torch.bool)
     valid[0] = False
@@ -343,6 +364,19 @@ def test_photometric_distortion_leaves_labels_alone() -> None:
         for name in one.target:
             assert all(torch.equal(one.target[name][entry], other.target[name][entry]) for entry in one.target[name])
     assert changed
+
+
+@pytest.mark.parametrize("changes", SPECS)
+def test_photometric_distortion_moves_no_pixel(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, seen = sample_of(()), []
+    for seed in range(8):
+        with seeded(seed):
+            plain = set_train(sample, (), SetTransform(**changes), PIXELS)
+        with seeded(seed), monkeypatch.context() as patch:
+            patch.setattr(set_transforms, "_PHOTOMETRIC", lambda image: seen.append(image) or image)
+            through = set_train(sample, (), SetTransform(**changes, photometric=True), PIXELS)
+        assert torch.equal(plain.image, through.image) and plain.area == through.area
+    assert len(seen) == 8
 
 
 def test_every_window_occurs_and_none_reaches_beyond_a_larger_picture() -> None:
