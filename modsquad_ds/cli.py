@@ -120,7 +120,7 @@ def predict(
 
 @app.command()
 def shards(
-    layout: Annotated[str, typer.Argument(help="imagenet, coco or ade20k.")],
+    layout: Annotated[str, typer.Argument(help="imagenet, coco, ade20k or taskonomy.")],
     src: Annotated[Path, typer.Argument(help="The dataset as it was downloaded.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; they go to OUT/SPLIT.")],
     split: Annotated[str, typer.Option(help="Split to convert.")] = "train",
@@ -130,12 +130,18 @@ def shards(
     overwrite: Annotated[bool, typer.Option(help="Replace shards that are already there.")] = False,
     part: Annotated[str | None, typer.Option(metavar="I/N", help="Write only part I (0 to N-1) of N, for --merge.")] = None,
     merge: Annotated[int | None, typer.Option(metavar="N", help="Make OUT/SPLIT of its N parts.")] = None,
+    split_list: Annotated[
+        str | None, typer.Option(metavar="NAME", help="taskonomy: tiny, medium, full, fullplus or a CSV file.")
+    ] = None,
+    targets: Annotated[str | None, typer.Option(metavar="A,B", help="taskonomy: read only these of the 13 targets.")] = None,
 ) -> None:
     """Convert a dataset to WebDataset shards with an index, checking every sample.
 
     [dim]modsquad-ds shards imagenet /data/ILSVRC /shards/imagenet --split train
     modsquad-ds shards coco /data/coco /shards/coco --split val
-    modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split train[/dim]
+    modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split train
+    modsquad-ds shards taskonomy /data/taskonomy /shards/taskonomy --split-list tiny --split val
+    modsquad-ds shards taskonomy /data/taskonomy /shards/depth --split-list tiny --targets depth_zbuffer,normal[/dim]
 
     Several jobs can share the work: each runs the same command with its own --part, in any order and as often as it likes;
     a part that is finished is not written again. Then --merge checks all parts and makes OUT/SPLIT, the same bytes as in
@@ -148,20 +154,22 @@ def shards(
     from modsquad_ds.data.convert import convert
     from modsquad_ds.data.part_job import parse_part
     from modsquad_ds.data.parts import convert_part, merge_parts
+    from modsquad_ds.data.sources import Options
 
-    numbers = {"samples_per_shard": samples_per_shard, "workers": workers}
+    options = Options(split_list, None if targets is None else tuple(targets.split(",")))
+    given: dict[str, Any] = {"options": options, "samples_per_shard": samples_per_shard, "workers": workers, "skip_bad": skip_bad}
     if part is None and merge is None:
-        convert(layout, src, out, split, skip_bad=skip_bad, overwrite=overwrite, progress=True, **numbers)
+        convert(layout, src, out, split, overwrite=overwrite, progress=True, **given)
         return
     if overwrite:
         raise UserError("--overwrite does not go with --part and --merge: remove OUT/SPLIT first, or choose another OUT")
     if part is None:
-        merge_parts(layout, src, out, split, merge or 0, skip_bad=skip_bad, progress=True, **numbers)
+        merge_parts(layout, src, out, split, merge or 0, progress=True, **given)
         return
     chosen = parse_part(part)
     if merge not in (None, chosen.total):
         raise UserError(f"--merge {merge} with --part {part}: expected --merge {chosen.total}")
-    convert_part(layout, src, out, split, chosen, merge=merge is not None, skip_bad=skip_bad, progress=True, **numbers)
+    convert_part(layout, src, out, split, chosen, merge=merge is not None, progress=True, **given)
 
 
 @app.command()

@@ -147,6 +147,15 @@ TASKONOMY: tuple[Target, ...] = (
 )
 """The 13 tasks of Mod-Squad's Taskonomy."""
 
+ROOM_CLASSES = (
+    "background", "bottle", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "microwave", "oven",
+    "toaster", "sink", "refrigerator", "book", "clock", "vase",
+)  # fmt: skip
+TASKONOMY_MORE: tuple[Target, ...] = (
+    Target("segment_semantic", "semantic", 17, "grey8", "cross_entropy", ("mIoU",), classes=ROOM_CLASSES),
+)
+"""What Taskonomy has besides, for those who ask for it by name."""
+
 
 # ---------------------------------------------------------------- PASCAL-Context
 
@@ -165,4 +174,4 @@ PASCAL_CONTEXT: tuple[Target, ...] = (
 )
 """The 5 tasks of PASCAL-Context, with the loss weights that M3ViT and the field use."""
 
-TARGETS: dict[str, Target] = {row.name: row for row in (*TASKONOMY, *PASCAL_CONTEXT)}
+TARGETS: dict[str, Target] = {row.name: row for row in (*TASKONOMY, *TASKONOMY_MORE, *PASCAL_CONTEXT)}

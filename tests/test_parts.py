@@ -11,10 +11,10 @@ import layouts
 from layouts import all_samples, contents
 from modsquad_ds import cli
 from modsquad_ds.data import part_job
+from modsquad_ds.data.layouts import read_source
 from modsquad_ds.data.part_job import Part, fingerprint, parse_part
 from modsquad_ds.data.parts import convert_part, merge_parts
 from modsquad_ds.data.shards import ShardSet
-from modsquad_ds.data.sources import read_source
 from modsquad_ds.errors import UserError
 from part_runs import PER_SHARD, flip, merge, one_piece, part, tree
 

@@ -12,8 +12,8 @@ from PIL import Image
 import layouts
 from layouts import assert_matches, bad_of, label_of
 from modsquad_ds.data.decode import decode_mask, decode_rgb
+from modsquad_ds.data.layouts import read_source
 from modsquad_ds.data.samples import encode, turn_box, turn_mask
-from modsquad_ds.data.sources import read_source
 
 HEIGHT, WIDTH = layouts.HEIGHT, layouts.WIDTH
 

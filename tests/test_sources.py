@@ -12,8 +12,8 @@ from PIL import Image
 
 import layouts
 from layouts import assert_matches, bad_of, label_of
+from modsquad_ds.data.layouts import read_source
 from modsquad_ds.data.samples import encode
-from modsquad_ds.data.sources import read_source
 from modsquad_ds.errors import UserError
 
 HEIGHT, WIDTH = layouts.HEIGHT, layouts.WIDTH

@@ -13,6 +13,7 @@ import os
 import signal
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +27,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modsquad_ds.data.samples import BadSample, BadSampleError, Labels, Sample, encode
+from modsquad_ds.data.layouts import encode
+from modsquad_ds.data.samples import BadSample, BadSampleError, Labels, Sample
 from modsquad_ds.data.shards import ShardEntry, index_file
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sha256_of, sync
@@ -46,6 +48,11 @@ class Written(NamedTuple):
 
     entry: ShardEntry
     bad: list[BadSample]
+    """Samples that were left out."""
+    bad_labels: list[BadSample]
+    """Labels that were left out of samples which have others."""
+    fields: Counter[str]
+    """Field -> number of samples that have it."""
 
 
 class _Stopped(Exception):  # noqa: N818 - no error: the parent asked for it
@@ -66,33 +73,35 @@ def write(tasks: Sequence[Task], workers: int, advance: Callable[[int], None]) -
 def _write_shard(task: Task, advance: Callable[[], None]) -> Written:
     """Encode a task's samples into its tar and the tar's own index. A tar without a good sample is not left on disk."""
     bad: list[BadSample] = []
+    bad_labels: list[BadSample] = []
     rows: list[dict[str, Any]] = []
     with open(task.path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for sample in task.samples:
                 try:
-                    fields = encode(sample, task.root, task.labels)
+                    members, faults = encode(sample, task.root, task.labels)
                 except BadSampleError as error:
                     bad.append(error.bad)
                 else:
-                    places = {field: _add(tar, file, f"{sample.key}.{field}", data) for field, data in fields.items()}
+                    places = {field: _add(tar, file, f"{sample.key}.{field}", data) for field, data in members.items()}
                     rows.append({"key": sample.key, "fields": places})
+                    bad_labels += faults
                 advance()
         file.flush()
         os.fsync(file.fileno())
     if not rows:
         task.path.unlink()
-        return Written(ShardEntry(file=task.path.name, samples=0, bytes=0, sha256="", index_sha256=""), bad)
-    members = json.dumps(rows, separators=(",", ":")).encode()
-    write_file(task.path.with_name(index_file(task.path.name)), members)
+        return Written(ShardEntry(file=task.path.name, samples=0, bytes=0, sha256="", index_sha256=""), bad, [], Counter())
+    places_json = json.dumps(rows, separators=(",", ":")).encode()
+    write_file(task.path.with_name(index_file(task.path.name)), places_json)
     entry = ShardEntry(
         file=task.path.name,
         samples=len(rows),
         bytes=task.path.stat().st_size,
         sha256=sha256_of(task.path),
-        index_sha256=hashlib.sha256(members).hexdigest(),
+        index_sha256=hashlib.sha256(places_json).hexdigest(),
     )
-    return Written(entry, bad)
+    return Written(entry, bad, bad_labels, Counter(field for row in rows for field in row["fields"]))
 
 
 def _add(tar: tarfile.TarFile, file: io.BufferedWriter, name: str, data: bytes) -> list[int]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from rich.console import Console
 
 from modsquad_ds.data import convert
 from modsquad_ds.data.convert import TOOL
+from modsquad_ds.data.layouts import read_source
 from modsquad_ds.data.pack import Task, progress_bar
 from modsquad_ds.data.samples import BadSample
 from modsquad_ds.data.shards import INDEX_NAME, Index, ShardEntry, Skipped, index_file, load_index
-from modsquad_ds.data.sources import Source, read_source
+from modsquad_ds.data.sources import Options, Source
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sha256_of
 
@@ -50,8 +52,18 @@ class PartRecord(BaseModel):
     skip_bad: bool
     bad: tuple[Skipped, ...]
     """Bad samples among this part's; part 0 also has those that the listing alone ruled out."""
+    bad_labels: tuple[Skipped, ...]
+    """Bad labels of samples that stay."""
+    fields: dict[str, int]
+    """Field -> number of samples that have it."""
     shards: tuple[ShardEntry, ...]
     """Under the names of `convert.plan`; a tar without a good sample has 0 samples and no file."""
+
+    @property
+    def outcome(self) -> convert.Outcome:
+        """As `convert` knows it."""
+        bad, labels = ([BadSample(one.file, one.reason) for one in rows] for rows in (self.bad, self.bad_labels))
+        return convert.Outcome(bad, labels, Counter(self.fields))
 
 
 def parse_part(text: str) -> Part:
@@ -65,6 +77,7 @@ def parse_part(text: str) -> Part:
 def fingerprint(source: Source) -> str:
     """Checksum of a listing: two listings that agree on it give the same tars, as long as the files keep their content."""
     head = [source.kind, source.layout, source.root.resolve().name, source.split, source.classes, source.details]
+    head += [source.targets] if source.targets else []
     digest = hashlib.sha256()
     for row in (head, *source.samples, *source.bad):
         digest.update(json.dumps(row).encode() + b"\n")
@@ -76,6 +89,7 @@ class Job:
     """A conversion that is cut into parts."""
 
     source: Source
+    options: Options
     out: Path
     parts: int
     samples_per_shard: int
@@ -108,6 +122,8 @@ class Job:
         """What a user types to have the part written (again)."""
         words = ["python", "-m", "modsquad_ds", "shards", self.source.layout, str(self.source.root), str(self.out)]
         words += ["--split", self.source.split, "--samples-per-shard", str(self.samples_per_shard)]
+        words += ["--split-list", self.options.split_list] if self.options.split_list else []
+        words += ["--targets", ",".join(self.options.targets)] if self.options.targets else []
         words += ["--skip-bad"] if self.skip_bad else []
         return shlex.join([*words, "--part", f"{number}/{self.parts}"])
 
@@ -138,15 +154,14 @@ class Job:
 
     def is_settled(self, record: PartRecord | None) -> bool:
         """Whether a part needs no further run. With bad samples it does, in case they were mended, unless they are skipped."""
-        return record is not None and (not record.bad or (record.skip_bad and self.skip_bad))
+        return record is not None and (not record.outcome.every_bad or (record.skip_bad and self.skip_bad))
 
     def is_published(self) -> bool:
         """Whether `OUT/SPLIT` holds exactly what these parts make, as far as names tell. UserError for other shards."""
         if not (self.final / INDEX_NAME).is_file():
             return False
         index = load_index(self.final)
-        skipped = [BadSample(one.file, one.reason) for one in index.skipped_samples]
-        expected = convert.index_of(self.source, index.shards, skipped)
+        expected = convert.index_of(self.source, index.shards, convert.outcome_in(index))
         if index != expected or not self._has_its_keys(index):
             raise UserError(
                 f"{self.final} already holds finished shards, which are not of this listing and these settings: choose another "
@@ -173,6 +188,7 @@ def open_job(
     split: str,
     parts: int,
     *,
+    options: Options,
     samples_per_shard: int,
     workers: int,
     skip_bad: bool,
@@ -183,9 +199,9 @@ def open_job(
     if parts < 1:
         raise UserError(f"parts: {parts}, expected 1 or more")
     convert.target(Path(out), split, overwrite=True)  # finished shards are looked at later
-    source = read_source(layout, Path(src), split)
+    source = read_source(layout, Path(src), split, options)
     convert.check_siblings(Path(out), source)
-    return Job(source, Path(out), parts, samples_per_shard, workers, skip_bad, Console(quiet=not progress))
+    return Job(source, options, Path(out), parts, samples_per_shard, workers, skip_bad, Console(quiet=not progress))
 
 
 def read_record(folder: Path) -> PartRecord | None:

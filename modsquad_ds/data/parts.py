@@ -21,8 +21,8 @@ from modsquad_ds.data import convert
 from modsquad_ds.data.convert import TOOL
 from modsquad_ds.data.pack import progress_bar, write, write_file
 from modsquad_ds.data.part_job import RECORD_NAME, Job, Part, PartRecord, faults, open_job, read_record
-from modsquad_ds.data.samples import BadSample
-from modsquad_ds.data.shards import INDEX_NAME, Index, ShardEntry, Skipped, index_file, load_index
+from modsquad_ds.data.shards import INDEX_NAME, Index, ShardEntry, index_file, load_index
+from modsquad_ds.data.sources import NO_OPTIONS, Options
 from modsquad_ds.data.staging import BusyError, staged_folder
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sync
@@ -41,6 +41,7 @@ def convert_part(
     part: Part,
     *,
     merge: bool = False,
+    options: Options = NO_OPTIONS,
     samples_per_shard: int = 1000,
     workers: int = 1,
     skip_bad: bool = False,
@@ -57,7 +58,7 @@ def convert_part(
         raise UserError(f"part {part}: expected I/N with I from 0 to N-1")
     job = open_job(
         layout, src, out, split, part.total,
-        samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, progress=progress,
+        options=options, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, progress=progress,
     )  # fmt: skip
     try:
         record = _finished_or_written(job, part)
@@ -67,7 +68,7 @@ def convert_part(
         record = None
     if record is None or (merge and job.is_published()):
         return _already(job)
-    bad = [BadSample(one.file, one.reason) for one in record.bad]
+    bad = record.outcome.every_bad
     if bad and not skip_bad:
         again = f"mend them and run this part again ({job.command(part.number)}), or give --skip-bad"
         good = sum(entry.samples for entry in record.shards)
@@ -92,6 +93,7 @@ def merge_parts(
     split: str,
     parts: int,
     *,
+    options: Options = NO_OPTIONS,
     samples_per_shard: int = 1000,
     workers: int = 1,
     skip_bad: bool = False,
@@ -104,7 +106,7 @@ def merge_parts(
     """
     job = open_job(
         layout, src, out, split, parts,
-        samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, progress=progress,
+        options=options, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad, progress=progress,
     )  # fmt: skip
     return _already(job) if job.is_published() else _merge(job)
 
@@ -169,13 +171,15 @@ def _write(job: Job, part: Part, stage: Path) -> PartRecord:
     with progress_bar(job.console, f"part {part}", sum(len(task.samples) for task in tasks)) as advance:
         written = write(tasks, job.workers, advance)
     listed = job.source.bad if part.number == 0 else ()
-    bad = sorted({convert.storable(one) for one in (*listed, *(one for result in written for one in result.bad))})
+    outcome = convert.outcome_of(listed, written)
     record = PartRecord(
         tool=TOOL,
         samples_per_shard=job.samples_per_shard,
         listing=job.listing,
         skip_bad=job.skip_bad,
-        bad=tuple(Skipped(file=one.file, reason=one.reason) for one in bad),
+        bad=convert.stored(outcome.bad),
+        bad_labels=convert.stored(outcome.bad_labels),
+        fields=dict(outcome.fields),
         shards=tuple(result.entry for result in written),
     )
     write_file(stage / RECORD_NAME, record.model_dump_json(indent=1).encode())
@@ -208,13 +212,18 @@ def _merge(job: Job) -> Index:
 
 def _checked_index(job: Job, records: Sequence[PartRecord]) -> Index:
     """The index of all parts. UserError for what `convert` refuses in the whole."""
-    bad = sorted({BadSample(one.file, one.reason) for record in records for one in record.bad})
+    outcomes = [record.outcome for record in records]
+    outcome = convert.Outcome(
+        sorted({one for part in outcomes for one in part.bad}),
+        sorted({one for part in outcomes for one in part.bad_labels}),
+        convert.sum_of(part.fields for part in outcomes),
+    )
     kept = [entry for _, entry in convert.renumbered(_in_order(records))]
-    again = [job.command(number) for number, record in enumerate(records) if record.bad]
+    again = [job.command(number) for number, record in enumerate(records) if record.outcome.every_bad]
     hint = convert.listing("leave them out with --skip-bad, or mend them and run their parts again", again)
-    convert.refuse_bad(bad, job.skip_bad, sum(entry.samples for entry in kept), job.source, hint)
+    convert.refuse_bad(outcome.every_bad, job.skip_bad, sum(entry.samples for entry in kept), job.source, hint)
     convert.refuse_twin(job.out, job.source, kept)
-    return convert.index_of(job.source, kept, bad)
+    return convert.index_of(job.source, kept, outcome)
 
 
 def _in_order(records: Sequence[PartRecord]) -> list[ShardEntry]:

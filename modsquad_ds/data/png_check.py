@@ -42,7 +42,8 @@ def header_of(data: bytes) -> Header:
 def check_png(data: bytes, deep: bool = False) -> Header:
     """ValueError for a file that is no PNG, is truncated, or whose chunks differ from their checksums (CRC-32).
 
-    Chunks that decoders may do without, such as comments, may be damaged. `deep` also inflates the image data, so that a file whose checksums agree but whose rows do not add up is found too.
+    Chunks that decoders may do without, such as comments, may be damaged. `deep` also inflates the image data,
+    so that a file whose checksums agree but whose rows do not add up is found too.
     """
     header, place, image, ended = header_of(data), len(SIGNATURE), [], False
     while not ended:

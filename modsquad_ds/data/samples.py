@@ -1,7 +1,8 @@
 """One sample on its way from a dataset to a shard: the cheap descriptor, its checks, and the members it becomes.
 
-`sources.py` lists descriptors; `convert.py` hands them to worker processes, which call `encode` here. Whatever can be
-wrong with one sample ends as a `BadSample` (file, reason), so that a conversion can list all of them at once.
+`sources.py` lists descriptors; `convert.py` hands them to worker processes, which call `encode` here (for image sets, what
+`layouts.py` says). Whatever can be wrong with one sample ends as a `BadSample` (file, reason), so that a conversion can list
+all of them at once.
 
 The image's bytes are stored as they are; labels lie in the frame of the upright image, as `decode_rgb` returns it.
 """
@@ -56,7 +57,8 @@ class Sample(NamedTuple):
     image: str
     """Path of the image below the source folder."""
     label: Any
-    """By kind. classification: class index. detection: `CocoRecord`. segmentation: the mask's path below the source."""
+    """By kind. classification: class index. detection: `CocoRecord`. segmentation: the mask's path below the source. Image
+    sets: by layout, which targets there are."""
 
 
 class CocoRecord(NamedTuple):
@@ -72,6 +74,7 @@ class Labels(NamedTuple):
     """What the samples of a source share."""
 
     kind: str
+    layout: str
     num_classes: int
     category_ids: dict[int, int]
     """detection: id in the COCO file -> 0-based label; empty for other kinds."""

@@ -1,6 +1,7 @@
 """The shard format and its reader: plain tars with an index, in a folder or below a URL, read sample by sample with `pread`.
 
-    OUT/<split>/shard-00000.tar         <key>.jpg and <key>.cls, .json or .seg.png, as `webdataset.WebDataset` reads it
+    OUT/<split>/shard-00000.tar         <key>.jpg and <key>.cls, .json or .seg.png, as `webdataset.WebDataset` reads it; of an
+                                        image set <key>.png and those of <key>.normal.png, <key>.class_object.npy, ... there are
     OUT/<split>/shard-00000.index.json  [{"key": ..., "fields": {"jpg": [offset in the tar, size], ...}}, ...]
     OUT/<split>/index.json              `Index`: written last, so a folder that has it is complete
 
@@ -29,12 +30,13 @@ from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import sha256_of
 from modsquad_ds.location import Location, Url
-from modsquad_ds.tasks import KINDS
+from modsquad_ds.targets import TARGETS
+from modsquad_ds.tasks import KINDS, SHARD_KINDS
 
 FORMAT = 1
 """Version of the layout described above; raised whenever an older reader would go wrong."""
 INDEX_NAME = "index.json"
-MAKE_HINT = "python -m modsquad_ds shards {imagenet|coco|ade20k} SRC OUT --split SPLIT"
+MAKE_HINT = "python -m modsquad_ds shards {imagenet|coco|ade20k|taskonomy|pascal_context} SRC OUT --split SPLIT"
 REMAKE = f"make the shards again: {MAKE_HINT} --overwrite"
 
 DEFAULT_CACHE = CacheSpec()
@@ -81,7 +83,8 @@ class Index(_Record):
     classes: tuple[str, ...]
     """Name of each 0-based label."""
     details: dict[str, Any]
-    """By layout: `source_split` (name of the split on disk), coco's `category_ids` by label, `reduce_zero_label`."""
+    """By layout: `source_split` (name of the split on disk), coco's `category_ids` by label, `reduce_zero_label`, `split_list`.
+    Image sets: `targets` (name -> number of samples that have it), `skipped_targets` (file and reason of those left out)."""
     num_samples: int
     skipped: int
     skipped_samples: tuple[Skipped, ...]
@@ -115,8 +118,8 @@ def _parse_index(data: bytes, path: str) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}: {REMAKE}") from error
-    if index.kind not in KINDS:
-        raise UserError(f"{path}: kind {index.kind!r}, expected one of {', '.join(KINDS)}: {REMAKE}")
+    if index.kind not in SHARD_KINDS:
+        raise UserError(f"{path}: kind {index.kind!r}, expected one of {', '.join(SHARD_KINDS)}: {REMAKE}")
     for entry in index.shards:
         if not _PLAIN_TAR.fullmatch(entry.file):
             raise UserError(f"{path}: shards: {entry.file!r} is not the plain name of a .tar file: {REMAKE}")
@@ -257,7 +260,8 @@ class ShardSet:
         self.shard_sizes = [entry.samples for entry in self.index.shards]
         for entry in self.index.shards:
             files.check(entry)
-        self._label_field = KINDS[self.kind].label_field
+        of_sets = {row.field for row in TARGETS.values()}
+        self._label_fields = {KINDS[self.kind].label_field} if self.kind in KINDS else of_sets
         self._open = functools.lru_cache(maxsize=open_shards)(files.open)
         self._ahead = None
         if isinstance(files, _Fetched) and cache.ahead > 0:
@@ -308,8 +312,9 @@ class ShardSet:
 
     def _check_fields(self, path: str, key: str, fields: dict[str, bytes]) -> None:
         place = f"shard {path}, key {key!r}"
-        if self._label_field not in fields:
-            raise UserError(f"{place}: has no label {self._label_field!r}, only {sorted(fields)}: {REMAKE}")
+        if self._label_fields.isdisjoint(fields):
+            label = f"label {min(self._label_fields)!r}" if self.kind in KINDS else "target"
+            raise UserError(f"{place}: has no {label}, only {sorted(fields)}: {REMAKE}")
         images = [field for field in fields if field in IMAGE_FIELDS]
         if len(images) != 1:
             expected = f"expected exactly one of {', '.join(IMAGE_FIELDS)}"

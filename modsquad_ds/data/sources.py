@@ -1,4 +1,4 @@
-"""Readers of the real dataset layouts: a folder on disk -> `Source`, cheap sample descriptors. The data start here.
+"""Readers of the datasets with one label per image: a folder on disk -> `Source`, cheap sample descriptors. The data start here.
 
 Layouts: `imagenet` (class folders), `coco` (instances json + images), `ade20k` (images + annotations). A reader only
 lists files and parses the annotation file; reading and checking the samples is `samples.encode`, in worker processes.
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modsquad_ds.data.decode import IGNORE_INDEX
 from modsquad_ds.data.samples import IMAGE_EXTENSIONS, BadSample, CocoRecord, Labels, Sample, key_problem
@@ -19,6 +19,18 @@ from modsquad_ds.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
 UNREAD_IMAGES = (".avif", ".bmp", ".heic", ".jp2", ".ppm", ".tif", ".tiff")
 """Picture files that are reported as bad, where other files (README, .DS_Store) are passed over."""
 ADE20K_CLASSES = 150
+
+
+class Options(NamedTuple):
+    """What a user may say of a layout besides its folder and split. None: not given."""
+
+    split_list: str | None = None
+    """Name or file of the list that says what is of which split."""
+    targets: tuple[str, ...] | None = None
+    """Targets to read, of an image set's."""
+
+
+NO_OPTIONS = Options()
 
 
 @dataclass(frozen=True)
@@ -38,21 +50,14 @@ class Source:
     """What the listing alone already ruled out."""
     details: dict[str, Any] = field(default_factory=dict)
     """What this layout adds to the index."""
+    targets: tuple[str, ...] = ()
+    """Image sets: what the images may be labelled with, rows of `targets.py`."""
 
     @property
     def labels(self) -> Labels:
         """What `samples.encode` needs to know."""
         category_ids = {number: label for label, number in enumerate(self.details.get("category_ids", ()))}
-        return Labels(self.kind, len(self.classes), category_ids)
-
-
-def read_source(layout: str, src: Path, split: str) -> Source:
-    """List `split` of the dataset at `src`. Raises UserError if the layout is unknown or is not what lies at `src`."""
-    if layout not in READERS:
-        raise UserError(f"unknown layout {layout!r}: expected one of {', '.join(READERS)}")
-    if not src.is_dir():
-        raise UserError(f"source folder {src} does not exist: give the folder that holds the {layout} dataset")
-    return READERS[layout](src, split)
+        return Labels(self.kind, self.layout, len(self.classes), category_ids)
 
 
 # ---------------------------------------------------------------- listing
@@ -313,11 +318,3 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
-
-
-READERS: dict[str, Callable[[Path, str], Source]] = {
-    "imagenet": read_imagenet,
-    "coco": read_coco,
-    "ade20k": read_ade20k,
-}
-"""Layout -> its reader. A further layout is one more function here, and one row."""

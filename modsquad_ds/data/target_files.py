@@ -23,7 +23,7 @@ _FORMATS: dict[Stored, tuple[tuple[int, int], ...]] = {
     "grey8_or_rgb8": ((8, GREY), (8, RGB)),
 }
 """How a map may be stored -> (bit depth, colour type) of its PNG. A palette's indices are the values."""
-_NAMES = {(8, GREY): "8-bit grey", (8, PALETTE): "palette", (16, GREY): "16-bit grey", (8, RGB): "8-bit RGB"}
+_NAMES = {(8, GREY): "8-bit grey", (8, PALETTE): "8-bit palette", (16, GREY): "16-bit grey", (8, RGB): "8-bit RGB"}
 # Like data.decode, which this module must not import: torchvision announces a move of its decoders once per process.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
 
