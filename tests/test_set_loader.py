@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
+import taskonomy_files
 from memory import MemoryStore, assert_equal, classification, plan, png
+from modsquad_ds.data.convert import convert
 from modsquad_ds.data.decode import decode_image_of
+from modsquad_ds.data.layouts import Options
 from modsquad_ds.data.loader import StepDataset, _Parcel, eval_batches, scored, train_loader
 from modsquad_ds.data.loader_plan import LoaderPlan, check_data
 from modsquad_ds.data.set_decode import decode_set_sample
@@ -20,7 +23,7 @@ from modsquad_ds.data.target_files import mask_png, npy_bytes
 from modsquad_ds.data.types import Batch, RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.targets import TARGETS, Target
-from modsquad_ds.tasks import SetTask, SetTransform, TaskSpec, completed_set_task
+from modsquad_ds.tasks import SetTask, TaskSpec, completed_set_task
 
 NAMES = ("class_scene", "depth_zbuffer", "normal", "segment_unsup2d", "semseg", "sal")
 ROWS = tuple(TARGETS[name] for name in NAMES)
@@ -338,5 +341,35 @@ def test_mismatches_are_refused_before_training() -> None:
     refused("tasks.a.kind: the recipe says classification, but memory/rooms/train holds multilabel", tasks={"a": wrong})
 
 
-def test_transform_spec_defaults_train_on_the_crop() -> None:
-    assert SetTransform().train_sizes == ((224, 224),)
+# ---------------------------------------------------------------- with real shards
+
+
+def test_from_a_datasets_files_to_batches(tmp_path: Path) -> None:
+    src = taskonomy_files.taskonomy(tmp_path / "src")
+    (tmp_path / "src/normal/taskonomy/ackley/point_9_view_1_domain_normal.png").unlink()
+    for split in ("train", "val"):
+        convert("taskonomy", src, tmp_path / "rooms", split, samples_per_shard=2, options=Options("tiny", None), progress=False)
+    names = taskonomy_files.ALL
+    images = {"data": "rooms", "batch_size": 4, "transform": {"crop": (32, 32), "resize": (32, 40)}}
+    tasks: dict[str, TaskSpec] = {
+        name: SetTask.model_validate(completed_set_task(name, {"set": "rooms"}, {"rooms": images})) for name in names
+    }
+    real = replace(plan(tasks=tasks, root=tmp_path), open_store=LoaderPlan.open_store)
+    check_data(real)
+    batches = list(train_loader(real, 0, 3, workers=2))
+    assert_equal(batches[1:], list(train_loader(real, 1, 3, workers=0)))
+    lacking = 0
+    for sub in (batch["rooms"] for batch in batches):
+        assert sub.rows is not None and tuple(sub.rows) == names
+        for task, rows in sub.rows.items():
+            without = sub.keys.count("ackley/point_9_view_1") if task == "normal" else 0
+            assert rows.counted == len(sub.keys) - without
+            lacking += without
+    assert lacking, "the view without normals was among them"
+    for task in names:
+        (batch,) = eval_batches(real, task, "val", 16)
+        assert sorted(batch.keys) == ["corozal/point_10_view_0", "corozal/point_9_view_1"]
+    assert len(next(iter(eval_batches(real, "normal", "train", 16))).keys) == 4
+    depth = next(iter(eval_batches(real, "depth_zbuffer", "val", 16))).meta[0]["label"]
+    # The hole is columns 10 to 19 of rows 0 to 4; the canvas begins at column 4.
+    assert not depth["valid"][:5, 6:16].any() and int(depth["valid"].sum()) == 32 * 32 - 50
