@@ -95,6 +95,13 @@ def test_the_same_batches_as_from_disk(workers: int, web: Web, expected: list[An
     assert {web.requests[f"{task}/{split}/index.json"] for task in remote.tasks for split in ("train", "val")} == {1}
 
 
+def test_what_a_sample_has_is_known_without_its_tar(web: Web, data: Path, tmp_path: Path) -> None:
+    store = plan_of(web.url, tmp_path / "c").store("scenes", "val")
+    assert [store.fields(1, sample) for sample in (0, 1)] == [{"png", "json"}] * 2
+    assert tars(web) == {"scenes/val/shard-00001.index.json": 1}
+    assert store.read(1, 1) == ShardSet(data / "scenes/val").read(1, 1)._replace(shard=f"{web.url}/scenes/val/shard-00001.tar")
+
+
 def test_the_same_batches_for_evaluation(web: Web, data: Path, tmp_path: Path) -> None:
     for task in ("digits", "scenes", "textures"):
         remote = list(eval_batches(plan_of(web.url, tmp_path / "c"), task, "val", 3, workers=2))

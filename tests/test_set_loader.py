@@ -13,11 +13,14 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import taskonomy_files
 from memory import MemoryStore, assert_equal, classification, plan, png
+from modsquad_ds.bench.loader import cases_of
+from modsquad_ds.bench.scaling_step import like_steps
 from modsquad_ds.data.convert import convert
 from modsquad_ds.data.decode import decode_image_of
 from modsquad_ds.data.layouts import Options
 from modsquad_ds.data.loader import StepDataset, _Parcel, eval_batches, scored, train_loader
 from modsquad_ds.data.loader_plan import LoaderPlan, check_data
+from modsquad_ds.data.order import TaskSchedule
 from modsquad_ds.data.set_decode import decode_set_sample
 from modsquad_ds.data.target_files import mask_png, npy_bytes
 from modsquad_ds.data.types import Batch, RawSample
@@ -339,6 +342,21 @@ def test_mismatches_are_refused_before_training() -> None:
     refused("sets.rooms.data: memory/digits/train holds classification shards", tasks=set_tasks(data="digits"))
     wrong = classification(data="rooms")
     refused("tasks.a.kind: the recipe says classification, but memory/rooms/train holds multilabel", tasks={"a": wrong})
+
+
+def test_benches_take_a_set_as_a_whole() -> None:
+    both = {"digits": classification(), **set_tasks(transform={"photometric": True})}
+    cases = {case.name: case for case in cases_of(set_plan(tasks=both), 20)}
+    alone = ["digits, plain", "digits", "rooms, plain", "rooms"]
+    assert list(cases) == [*alone, "digits, plain, worker", "all tasks", "all tasks, worker"]
+    plain = cases["rooms, plain"]
+    assert tuple(plain.plan.tasks) == NAMES and plain.steps == range(3) and plain.plan.streams == {"rooms": NAMES}
+    assert not any(spec.transform.photometric for spec in plain.plan.tasks.values() if isinstance(spec, SetTask))
+    assert cases["rooms"].beyond == "read, maps decoded, zoom, crop to 16 x 24 px of all, flip, photometric distortion, batch"
+    steps = like_steps(set_plan(tasks=both, sampling="weighted"), rounds=2, cases=2)
+    schedule = TaskSchedule("weighted", 3, {"digits": 1.0, "rooms": 1.0})
+    kinds = [schedule.active(step) for step in steps]
+    assert len(set(steps)) == 4 and kinds[::2] == kinds[1::2]
 
 
 # ---------------------------------------------------------------- with real shards
