@@ -58,7 +58,7 @@ def deal(patterns: Sequence[Pattern], world: int) -> tuple[Share, ...]:
         if not rows and task == 0 and not any(map(any, patterns)):
             rows = 1
         for rank, those in enumerate(having):
-            others = [place for place in range(len(images[rank])) if place not in those]
+            others = sorted(set(range(len(images[rank]))) - set(those))
             taken = Readers((*those, *others[: rows - len(those)]), len(those)) if rows else None
             readers[rank] = (*readers[rank], taken)
     return tuple(Share(*both) for both in zip(images, readers, strict=True))
