@@ -30,6 +30,7 @@ def layer(
     width: Numbers = "384,768",
     tokens: Numbers = "4096,16384",
     repeat: Annotated[int, _repeat(5)] = 5,
+    profile: Annotated[bool, typer.Option("--profile", help="Where their time goes, on CPU, without the other peers.")] = False,
     json_file: Json = None,
 ) -> None:
     """One sparse MLP (16 experts, 4 chosen), forward and backward: dense MLP = 1.
@@ -37,10 +38,15 @@ def layer(
     Beside it DeepSpeed's own MoE layer, with and without dropping tokens, and a plain loop over experts, under three routings:
     balanced, random, and specialised (three tasks with 70, 20 and 10 % of the tokens, each on four experts of its own).
     """
-    from modsquad_ds.bench.layer import COLUMNS, bench_layer
+    from modsquad_ds.bench import layer, layer_profile
 
     check_json(json_file)
-    _finish("layer", bench_layer(numbers("--width", width), numbers("--tokens", tokens), repeat), COLUMNS, json_file)
+    sizes = numbers("--width", width), numbers("--tokens", tokens)
+    if profile:
+        rows = layer_profile.profile_layer(*sizes, repeat)
+        _finish("layer --profile", rows, layer_profile.COLUMNS, json_file, layer_profile.NOTE)
+    else:
+        _finish("layer", layer.bench_layer(*sizes, repeat), layer.COLUMNS, json_file)
 
 
 @bench.command()

@@ -23,6 +23,7 @@ from modsquad_ds.model_file import ModelFile, read_model
 from modsquad_ds.model_spec import block_plans
 from modsquad_ds.objective import Usage
 from modsquad_ds.structure import Structure, head_of, structure_of_network
+from modsquad_ds.tasks import SetTask
 from modsquad_ds.upcycle import is_vit, resized_grid, upcycle
 from modsquad_ds.weights_file import is_model_file, read_weights
 
@@ -158,6 +159,8 @@ def _check_tasks(there: Recipe, here: Recipe, where: str) -> None:
         old = there.active.get(name, spec)
         if old.kind != spec.kind:
             raise UserError(f"init_from {where}: task {name} is {old.kind} there and {spec.kind} here; {way_out}")
+        if isinstance(old, SetTask) and isinstance(spec, SetTask) and old.target != spec.target:
+            raise UserError(f"init_from {where}: task {name} has target {old.target} there and {spec.target} here; {way_out}")
         if old.num_classes != spec.num_classes:
             classes = f"{old.num_classes} classes there and {spec.num_classes} here"
             raise UserError(f"init_from {where}: task {name} has {classes}; {way_out}")

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ from commands import run_command
 from modsquad_ds.bench import comm, step
 from modsquad_ds.bench.jobs import TAIL, JobError, last_lines, run_job
 from modsquad_ds.bench.layer import DENSE, EXPERTS, SHARES, TOP_K, choices, layer_cases, sparse_layer, task_segments
+from modsquad_ds.bench.layer_profile import AROUND, BETWEEN, OTHER, PARTS, PRODUCTS, WHOLE, parts_of, profile_layer
 from modsquad_ds.bench.measure import environment, interleave, ratio, spread, timing_rows, write_rows
 from modsquad_ds.bench.routing import steered
 from modsquad_ds.bench.workload import DENSE as TIMM
@@ -171,6 +173,35 @@ def test_every_layer_runs_under_every_routing() -> None:
     assert all(values[0] > 0 for values in seconds.values())
 
 
+class Event(NamedTuple):
+    """What the profile reads of an operation that was seen."""
+
+    name: str
+    self_cpu_time_total: float
+    cpu_parent: Any = None
+
+
+def test_parts_of_a_profile_by_hand() -> None:
+    experts = Event("_MLP", 1000.0)
+    seen = [experts, Event("aten::mm", 7000.0, experts), Event("aten::add_", 500.0, experts), Event("aten::mm", 250.0)]
+    seen.append(Event("aten::scatter_add_", 125.0, Event("aten::index_add_", 0.0, experts)))
+    assert parts_of(seen) == {
+        PRODUCTS: 7.0, OTHER: 0.5, BETWEEN: 1.0, AROUND: 0.25, "rows added": 0.125, WHOLE: 8.875,
+    }  # fmt: skip
+    assert parts_of([Event("aten::mm", 250.0)]) == {PRODUCTS: 0.25, WHOLE: 0.25}, "a dense layer has no experts to be around"
+
+
+def test_profile_has_all_parts_and_counts_the_products() -> None:
+    rows = {row["part"]: row for row in profile_layer((16,), (64,), 1)}
+    assert tuple(rows) == PARTS
+    for layer in ("dense", "sparse"):
+        assert sum(rows[part][layer] or 0.0 for part in PARTS[:-1]) == pytest.approx(rows[WHOLE][layer])
+        # Each of two products of 64 tokens, 16 wide and 4 x 16, one way and two ways back, a multiplication and an addition.
+        assert rows[PRODUCTS][f"{layer}_rate"] == pytest.approx(2 * 3 * 2 * 64 * 16 * 64 / 1e6 / rows[PRODUCTS][layer])
+    assert rows[AROUND]["dense"] is None and rows["rows picked"]["dense"] is None
+    assert min(row["sparse"] for row in rows.values()) > 0
+
+
 # ---------------------------------------------------------------- step
 
 
@@ -229,6 +260,7 @@ def test_least_bytes_by_hand() -> None:
 
 def test_placed_experts_even_the_ranks_by_hand() -> None:
     """Three tasks with 70, 20, 10 tokens on 4 experts each: on 2 ranks 90:10 as numbered, 50:50 when placed."""
+
     class Router16:
         top_k, num_experts = 4, 16
 

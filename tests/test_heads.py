@@ -14,6 +14,7 @@ from modsquad_ds.model.heads import HEADS, Head, LossTerm, build_head, check_nor
 from modsquad_ds.model.heads.pyramid import SimpleFeaturePyramid, halvings, norm_groups
 from modsquad_ds.model.heads.segmentation import pixel_loss
 from modsquad_ds.tasks import TaskSpec
+from set_tasks import Case, targets_of
 
 DIM, PATCH, BATCH = 16, 8, 4
 KIND = {"linear": "classification", "anchor_free": "detection", "retinanet": "detection"}
@@ -23,12 +24,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "retinanet": {"strides": [8, 16], "channels": 16, "convs": 1},
     "upernet": {"strides": [4, 8, 16], "channels": 16, "pool_scales": [1, 2], "aux_channels": 8, "dropout": 0.0},
     "fcn": {"stride": 4, "channels": 16, "convs": 1, "aux_channels": 8, "dropout": 0.0},
+    "pooled": {},
+    "patch": {},
+    "conv_map": {"stride": 4, "channels": 16, "convs": 2},
+}
+OF_SETS = {
+    "pooled": Case("soft_classification", "cross_entropy", "class_scene"),
+    "patch": Case("regression", "l1", "principal_curvature"),
+    "conv_map": Case("binary", "balanced", "sal"),
 }
 ALL = pytest.mark.parametrize("kind_of_head", list(SMALL))
 
 
 def task(head: str, classes: int = 3, **changes: Any) -> TaskSpec:
-    """A task with a small head of that type."""
+    """A task with a small head of that type; one of an image set has its target's classes."""
+    if head in OF_SETS:
+        return OF_SETS[head].spec(head={"type": head} | SMALL[head] | changes)
     tree = {"kind": KIND.get(head, "segmentation"), "data": "unused", "num_classes": classes, "batch_size": BATCH}
     return TypeAdapter(TaskSpec).validate_python(tree | {"head": {"type": head} | SMALL[head] | changes})
 
@@ -48,6 +59,8 @@ def some_targets(head: str) -> dict[str, Any]:
     """Targets of BATCH images: unequal numbers of boxes, a crowd, ignored pixels."""
     if head == "linear":
         return {"labels": torch.tensor([0, 2, 1, 1])}
+    if head in OF_SETS:
+        return targets_of(OF_SETS[head], (32, 48), images=BATCH)
     if KIND.get(head) == "detection":
         boxes = torch.tensor([[2.0, 3.0, 20.0, 25.0], [22.0, 4.0, 46.0, 30.0], [8.0, 8.0, 16.0, 16.0]])
         counts = (3, 0, 1, 2)
@@ -59,9 +72,11 @@ def some_targets(head: str) -> dict[str, Any]:
 
 
 def nothing_to_learn(head: str) -> dict[str, Any]:
-    """Targets without a box, in a crowd, or with every pixel ignored. An image always has a class."""
+    """Targets without a box, in a crowd, or with every pixel ignored. An image with a task of its own always has a class."""
     if head == "linear":
         return some_targets(head)
+    if head in OF_SETS:
+        return targets_of(OF_SETS[head], (32, 48), nothing=True, images=BATCH)
     if KIND.get(head) == "detection":
         none = [torch.zeros(0, 4)] * BATCH
         everything = [torch.tensor([[-1.0, -1.0, 100.0, 100.0]])] * BATCH
@@ -79,7 +94,7 @@ def part(targets: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 
 def meta(canvas: tuple[int, int] = (32, 48)) -> dict[str, Any]:
-    return {"valid": True, "size": canvas, "content": canvas}
+    return {"valid": True, "size": canvas, "content": canvas, "window": None}
 
 
 # ---------------------------------------------------------------- every head
@@ -113,7 +128,7 @@ def test_every_parameter_gets_a_finite_gradient_even_from_nothing(kind_of_head: 
             assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("kind_of_head", ["anchor_free", "upernet", "fcn"])
+@pytest.mark.parametrize("kind_of_head", ["anchor_free", "upernet", "fcn", *OF_SETS])
 def test_nothing_to_learn_is_worth_nothing(kind_of_head: str) -> None:
     head = built(kind_of_head)
     terms = head.losses(head(feature_map()), nothing_to_learn(kind_of_head))

@@ -230,6 +230,14 @@ def test_one_name_is_one_task(path: Path, allow: tuple[str, ...]) -> None:
     assert "task digits is classification there and segmentation here" in message
 
 
+def test_one_name_is_one_target_where_shapes_are_the_same(path: Path) -> None:
+    of_set: dict[str, Any] = {"sets": {"v": {"data": "v", "batch_size": 4}}, "tasks": {"map": {"set": "v", "target": "sal"}}}
+    name = "heads.map.linear.weight"
+    assert torch.equal(write(path, **of_set).state[name], started(path, **of_set).state[name])
+    of_set["tasks"]["map"]["target"] = "edge"
+    assert "task map has target sal there and edge here; give this" in refusal(lambda: started(path, **of_set))
+
+
 # ---------------------------------------------------------------- other numbers of experts
 
 

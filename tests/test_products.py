@@ -172,7 +172,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: sizes.append(a[1]) or real(*a, **k))
     with torch.no_grad():
         y = cached.mlp(case.x, case.groups, fc1, fc2, case.gate_SK)
-    assert not y.requires_grad and max(sizes) <= 3
+    assert not y.requires_grad and max(sizes) <= 4, "a block and half of one"
     assert_close(y, by_rows(case, fc1, fc2, case.gate_SK).detach())
 
 

@@ -51,11 +51,11 @@ def layer_cases(width: int, tokens: int) -> dict[str, Callable[[], None]]:
     loop = PlainLoop(width).to(device)
     stock = {name: StockLayer(width, width, EXPERTS, TOP_K, factor).to(device)
              for name, factor in (("deepspeed, no drop", None), ("deepspeed, capacity 1.25", 1.25))}  # fmt: skip
-    dense = nn.Sequential(nn.Linear(width, TOP_K * width), nn.GELU(), nn.Linear(TOP_K * width, width)).to(device)
+    dense = dense_layer(width).to(device)
     x_SD = torch.randn(tokens, width, device=device)
     cases: dict[str, Callable[[], None]] = {DENSE: partial(forward_backward, dense, dense, x_SD)}
     for name, expert_SK in choices(sparse, x_SD, segments).items():
-        cases[f"sparse, {name}"] = partial(forward_backward, partial(_steered, sparse, segments, expert_SK), sparse, x_SD)
+        cases[f"sparse, {name}"] = partial(forward_backward, partial(steered_layer, sparse, segments, expert_SK), sparse, x_SD)
         cases[f"plain loop, {name}"] = partial(forward_backward, partial(loop, expert_SK=expert_SK), loop, x_SD)
         offset_SE = offset_towards(expert_SK, EXPERTS)
         for label, layer in stock.items():
@@ -74,6 +74,11 @@ def sparse_layer(width: int) -> SparseMLP:
     experts = MLPExperts(EXPERTS, width, width)
     experts.init_weights(seed=0, layer=0)
     return SparseMLP(Router(RouterSpec(), width, len(SHARES), EXPERTS, TOP_K), experts)
+
+
+def dense_layer(width: int) -> nn.Sequential:
+    """The dense MLP of as many FLOPs."""
+    return nn.Sequential(nn.Linear(width, TOP_K * width), nn.GELU(), nn.Linear(TOP_K * width, width))
 
 
 def choices(layer: SparseMLP, x_SD: Tensor, segments: tuple[Segment, ...]) -> dict[str, Tensor]:
@@ -116,7 +121,9 @@ def forward_backward(run: Callable[[Tensor], Tensor], layer: nn.Module, x_SD: Te
     torch.autograd.grad(y_SD, (x_SD, *layer.parameters()), torch.ones_like(y_SD), allow_unused=True)
 
 
-def _steered(layer: SparseMLP, segments: tuple[Segment, ...], expert_SK: Tensor, x_SD: Tensor) -> Tensor:
+def steered_layer(layer: SparseMLP, segments: tuple[Segment, ...], expert_SK: Tensor, x_SD: Tensor) -> Tensor:
+    """`[S, D]` -> `[S, D]` of the layer through the given experts."""
+
     def choice(router: Router, prob_SE: Tensor) -> Tensor:
         Router.choose(router, prob_SE)  # costs what it costs, and is not followed
         return expert_SK

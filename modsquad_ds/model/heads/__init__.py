@@ -8,6 +8,7 @@ from collections.abc import Callable
 from modsquad_ds.model.heads.anchor_free import AnchorFree
 from modsquad_ds.model.heads.base import Head, LossTerm, Outputs, Prediction
 from modsquad_ds.model.heads.linear import Linear
+from modsquad_ds.model.heads.map_heads import ConvMap, Patch, Pooled
 from modsquad_ds.model.heads.retinanet import RetinaNet
 from modsquad_ds.model.heads.segmentation import Segmentation, check_norm
 from modsquad_ds.tasks import TaskSpec
@@ -20,6 +21,9 @@ HEADS: dict[str, Callable[..., Head]] = {
     "retinanet": RetinaNet,
     "upernet": Segmentation,
     "fcn": Segmentation,
+    "pooled": Pooled,
+    "patch": Patch,
+    "conv_map": ConvMap,
 }
 """`head.type` of the recipe -> class, built as `(task, dim, patch_size)`."""
 

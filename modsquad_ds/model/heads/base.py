@@ -54,4 +54,9 @@ class Head(nn.Module, ABC):
         classification: `probabilities` float32 `[C]`, `label` int.
         detection: `boxes` float32 `[n, 4]` (x1, y1, x2, y2), `scores` float32 `[n]` falling, `labels` int64 `[n]`.
         segmentation: `mask` uint8 `[h, w]`.
+        Tasks of an image set, `[h, w]` the size of `meta`'s `label`, within its `window` of the canvas if there is one:
+        soft_classification: as classification. semantic: `mask` uint8 `[h, w]`.
+        regression: `values` float32 `[C, h, w]`, scaled as the targets. unit_vectors: `values` `[3, h, w]` of length 1.
+        binary: `probability` float32 `[h, w]`.
+        segments: `embedding` float32 `[D, h', w']` of the canvas's cells, whatever the window.
         """

@@ -57,12 +57,13 @@ def _common(spec: SegmentationTask, channels: int) -> dict[str, Any]:
 
 def pixel_loss(logits_BCHW: Tensor, labels_BHW: Tensor, weight: float) -> LossTerm:
     """Cross-entropy of the logits, resized bilinearly to the labels, summed over the pixels that are not ignored."""
-    logits_BCHW = _resize(logits_BCHW.float(), labels_BHW.shape[1:])
+    logits_BCHW = resize(logits_BCHW.float(), labels_BHW.shape[1:])
     total = F.cross_entropy(logits_BCHW, labels_BHW, ignore_index=IGNORE_INDEX, reduction="sum")
     return LossTerm(total, (labels_BHW != IGNORE_INDEX).sum().float(), weight)
 
 
-def _resize(map_BCHW: Tensor, size: Sequence[int]) -> Tensor:
+def resize(map_BCHW: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, pixel centres at half integers; as it is where the size is right."""
     if tuple(map_BCHW.shape[2:]) == tuple(size):
         return map_BCHW
     return F.interpolate(map_BCHW, size=tuple(size), mode="bilinear", align_corners=False)
@@ -127,5 +128,5 @@ class Segmentation(Head):
         """Resize to the canvas, crop to the image, resize to its original size, decide: mmsegmentation's way."""
         canvas = [cells * self.stride for cells in logits_CHW.shape[1:]]
         height, width = image["content"]
-        content_1CHW = _resize(logits_CHW[None].float(), canvas)[:, :, :height, :width]
-        return {"mask": _resize(content_1CHW, image["size"])[0].argmax(dim=0).to(torch.uint8).cpu()}
+        content_1CHW = resize(logits_CHW[None].float(), canvas)[:, :, :height, :width]
+        return {"mask": resize(content_1CHW, image["size"])[0].argmax(dim=0).to(torch.uint8).cpu()}
