@@ -166,7 +166,8 @@ def test_masked_targets_without_a_valid_pixel_are_not_written(tmp_path: Path) ->
 
 
 def test_a_set_without_masked_targets_has_no_mask(tmp_path: Path) -> None:
-    src = taskonomy(tmp_path / "src", ("class_object", "edge_texture"))
+    src = taskonomy(tmp_path / "src", ("class_object", "edge_texture", "depth_zbuffer"))
+    change(src, "depth_zbuffer", ("ackley", 0), files.truncated)  # nobody asks for it
     assert shards(src, tmp_path / "out", targets=("edge_texture", "class_object")).details["targets"] == {
         "class_object": 5,
         "edge_texture": 5,
