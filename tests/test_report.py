@@ -291,7 +291,8 @@ class Numbers:
 
     kind, classes, shard_sizes = "classification", ("a", "b"), (2, 1, 2)
 
-    details: dict[str, Any] = {}
+    def __init__(self) -> None:
+        self.details: dict[str, Any] = {}
 
     def fields(self, shard: int, sample: int) -> set[str]:
         return set()
