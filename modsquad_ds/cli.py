@@ -210,6 +210,26 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Evaluated run folde
     print_comparison(runs)
 
 
+@app.command()
+def delta_m(
+    results: Annotated[
+        list[str], typer.Argument(help="Run folders or tables (.json, .csv: task, metric, value).", metavar="RUN_OR_TABLE...")
+    ],
+    against: Annotated[
+        list[str], typer.Option(help="Baseline: a table, a published one's name, or a run; more than once for several.")
+    ],
+    task: Annotated[list[str] | None, typer.Option(help="Task to compare; more than once for several. Default all.")] = None,
+) -> None:
+    """Mean relative difference of each task's headline metric to single-task results, in percent; more is better.
+
+    [dim]modsquad-ds delta-m runs/pascal --against pascal_context
+    modsquad-ds delta-m runs/both --against runs/only_depth --against runs/only_normals[/dim]
+    """
+    from modsquad_ds.delta import print_delta_m
+
+    print_delta_m(results, against, task or ())
+
+
 for command in (plan, cli_modular.usage, cli_modular.extract, cli_modular.expand):
     app.command()(command)
 

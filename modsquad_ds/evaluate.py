@@ -23,7 +23,7 @@ from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import write_json
 from modsquad_ds.location import Location
-from modsquad_ds.metrics import METRICS
+from modsquad_ds.metrics import build_metric
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model_file import ModelFile, network_of, read_model, recipe_on
 from modsquad_ds.parallel import launch, watchdog
@@ -35,7 +35,7 @@ BATCH_IMAGES = 16
 """Images per forward pass."""
 
 Results = dict[str, dict[str, float | None]]
-"""Task -> metric -> value in [0, 1]; None where the data cannot say, e.g. AP of small objects without small objects."""
+"""Task -> metric, the headline first -> value; None where the data cannot say, e.g. AP of small objects without small objects."""
 
 
 def model_path(run_or_model: Path) -> Path:
@@ -73,7 +73,7 @@ def evaluate_network(
     network = network.to(launch.device()).eval()
     results: Results = {}
     for task, spec in recipe.active.items():
-        metric = METRICS[spec.kind](spec.num_classes)
+        metric = build_metric(spec)
         for sub, predictions in predict_split(
             network, plan, task, split, workers=recipe.train.workers, quiet=quiet
         ):

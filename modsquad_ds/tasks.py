@@ -3,7 +3,7 @@
 A kind fixes the label field that a shard must hold, the metrics that are reported and which of them is the headline. A task
 is an instance of a kind with its own data, head, augmentation and weight. Adding a task to a recipe is one entry under
 `tasks:`; adding a kind is one `Kind` row here, one head in `model/heads`, one transform in `data/transforms.py` and one
-metric in `metrics.py`.
+metric in `metrics/`.
 
 Tasks whose labels lie on the same images share an image set (`sets:` of the recipe), which says where the images are, how many
 a step has and how they are transformed; what each of these tasks is, `targets.py` says.

@@ -94,7 +94,7 @@ def test_wheel_holds_the_code_the_recipes_and_the_deepspeed_configs(wheel: zipfi
     package = ROOT / "modsquad_ds"
     expected = {
         str(path.relative_to(ROOT))
-        for pattern in ("**/*.py", "recipes/*.yaml", "ds_configs/*.json")
+        for pattern in ("**/*.py", "recipes/*.yaml", "ds_configs/*.json", "tables_published/*.json")
         for path in package.glob(pattern)
     }
     assert "modsquad_ds/ds_configs/zero2.json" in expected

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modsquad_ds.config import Recipe, recipe_from_tree
 from modsquad_ds.data.types import Batch, Finish, SubBatch
 from modsquad_ds.model.network import build_network
+from modsquad_ds.model.pack import Shared
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.model.sparse import SparseLayer
 from modsquad_ds.model_spec import SIZES
@@ -118,8 +119,11 @@ class TimmBackbone(nn.Module):
         """None."""
         return {}
 
-    def forward(self, images: dict[int, Tensor]) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
-        """As `SparseViT.forward`."""
+    def forward(
+        self, images: Mapping[int, Tensor], shared: Sequence[Shared] = ()
+    ) -> tuple[dict[int, Tensor], tuple[RoutingStats, ...]]:
+        """As `SparseViT.forward`; the workload has no image sets."""
+        assert not shared
         return {task: self._map(images_BCHW) for task, images_BCHW in images.items()}, ()
 
     def _map(self, images_BCHW: Tensor) -> Tensor:

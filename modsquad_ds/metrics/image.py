@@ -1,76 +1,32 @@
-"""Held-out metrics by kind: predictions and labels -> top-1, COCO AP, mIoU. The end of the data's way at evaluation.
-
-Every rank fills its own accumulator; the `state`s of all ranks are gathered and merged, and `compute` sees the whole
-evaluation. Results do not depend on how the images were spread over ranks: counts are integers, and detections are put
-in the order of their images' keys before anything is summed.
-"""
+"""Metrics of tasks whose images carry one kind of label: top-1 and top-5, COCO's AP, mIoU. Chosen in build.py."""
 
 import contextlib
 import io
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from modsquad_ds.metrics.base import Evaluated, Metric, State
 from modsquad_ds.mmseg_compat import iou_metric
 from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, KINDS, SEGMENTATION
 
-State = dict[str, Any]
-"""What one rank has accumulated; JSON-able."""
 
-
-class Evaluated(Protocol):
-    """What a metric reads of a `SubBatch`."""
-
-    @property
-    def targets(self) -> dict[str, Any]: ...
-    @property
-    def keys(self) -> tuple[str, ...]: ...
-    @property
-    def meta(self) -> tuple[dict[str, Any], ...]: ...
-
-
-class Metric(ABC):
-    """Accumulates one task's evaluation. `merge` replaces its own state, so gather first, its own state included."""
+class KindMetric(Metric):
+    """A metric of a kind of task, told how many classes the task has."""
 
     kind: str
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def update(self, predictions: Sequence[Mapping[str, Any]], sub_batch: Evaluated) -> None:
-        """Count in the predictions (`Head.predict`) of a batch, without the images that only fill it up."""
-        for index, prediction in enumerate(predictions):
-            if sub_batch.meta[index]["valid"]:
-                self._add(prediction, sub_batch, index)
 
-    @abstractmethod
-    def _add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
-        """Count in one image."""
-
-    @abstractmethod
-    def state(self) -> State:
-        """What has been counted so far."""
-
-    @abstractmethod
-    def merge(self, states: Sequence[State]) -> None:
-        """Take on the sum of the states of all ranks."""
-
-    @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """Metric -> value in [0, 1], for the metrics of the kind. NaN where the data hold nothing to measure.
-
-        A file of JSON has no NaN: writers put null.
-        """
-
-
-class Classification(Metric):
+class Classification(KindMetric):
     """Top-1 and top-5 accuracy; with fewer than five classes, top-k for all of them."""
 
     kind = CLASSIFICATION
@@ -79,7 +35,8 @@ class Classification(Metric):
         super().__init__(num_classes)
         self.images, self.top1, self.top5 = 0, 0, 0
 
-    def _add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
+    def add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
+        """Count in an image."""
         label = int(sub_batch.targets["labels"][index])
         # A stable order: of equal probabilities the lower class comes first, in top-1 as in top-5.
         best = prediction["probabilities"].argsort(descending=True, stable=True)[:5].tolist()
@@ -101,7 +58,7 @@ class Classification(Metric):
         return {"top1": self.top1 / images, "top5": self.top5 / images}
 
 
-class Segmentation(Metric):
+class Segmentation(KindMetric):
     """Mean IoU and accuracy over classes, and pixel accuracy, by mmsegmentation's IoUMetric.
 
     Its two static functions do the counting and the division; its `compute_metrics`, which rounds to hundredths of a
@@ -115,10 +72,9 @@ class Segmentation(Metric):
         super().__init__(num_classes)
         self.areas = torch.zeros(len(self._AREAS), num_classes, dtype=torch.int64)
 
-    def _add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
-        count = iou_metric().intersect_and_union
-        for mask, label in _bands(prediction["mask"], sub_batch.meta[index]["label"]):
-            self.areas += torch.stack(count(mask, label, self.num_classes, IGNORE_INDEX)).long()
+    def add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
+        """Count in an image."""
+        self.areas += areas(prediction["mask"], sub_batch.meta[index]["label"], self.num_classes)
 
     def state(self) -> State:
         """Pixels per class."""
@@ -135,13 +91,25 @@ class Segmentation(Metric):
         return {"mIoU": means["IoU"], "mAcc": means["Acc"], "aAcc": float(values["aAcc"])}
 
 
+def areas(mask: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Pixels per class, int64 `[4, num_classes]`: right, in either, predicted, labelled; by mmsegmentation's IoUMetric.
+
+    Args:
+        mask: uint8 `[h, w]`, predicted classes.
+        label: uint8 `[h, w]`; pixels of 255 do not count.
+    """
+    count = iou_metric().intersect_and_union
+    parts = [torch.stack(count(*band, num_classes, IGNORE_INDEX)).long() for band in _bands(mask, label)]
+    return torch.stack(parts).sum(dim=0)
+
+
 def _bands(mask: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Mask and label in bands of rows small enough to be counted in float32, as IoUMetric does, without an error."""
     rows = max(1, 2**24 // mask.shape[1])
     return zip(mask.split(rows), label.split(rows), strict=True)
 
 
-class Detection(Metric):
+class Detection(KindMetric):
     """Average precision of boxes over IoU 0.5 to 0.95, at 0.5, at 0.75, and by size, by pycocotools.
 
     As on COCO: at most 100 detections per image and class count, crowd regions forgive detections inside them, sizes go
@@ -154,7 +122,8 @@ class Detection(Metric):
         super().__init__(num_classes)
         self.images: list[dict[str, Any]] = []
 
-    def _add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
+    def add(self, prediction: Mapping[str, Any], sub_batch: Evaluated, index: int) -> None:
+        """Count in an image."""
         annotations = sub_batch.meta[index]["annotations"]
         corners = prediction["boxes"].double()
         sides = corners[:, 2:] - corners[:, :2]
@@ -215,5 +184,5 @@ def _ids(numbers: Iterable[int]) -> list[dict[str, int]]:
     return [{"id": number} for number in numbers]
 
 
-METRICS: dict[str, type[Metric]] = {metric.kind: metric for metric in (Classification, Detection, Segmentation)}
+METRICS: dict[str, type[KindMetric]] = {metric.kind: metric for metric in (Classification, Detection, Segmentation)}
 """Kind of task -> its accumulator, built as `(num_classes)`."""
