@@ -13,7 +13,7 @@ from rich.table import Table
 from modsquad_ds.adapt_spec import AdaptSpec, PruneSpec
 from modsquad_ds.config import Recipe
 from modsquad_ds.costs import Version, costs_of
-from modsquad_ds.data.loader import VAL
+from modsquad_ds.data.loader_plan import VAL
 from modsquad_ds.evaluate import Results, evaluate_network
 from modsquad_ds.files import write_json
 from modsquad_ds.model.network import MultiTaskNetwork

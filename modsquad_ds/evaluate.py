@@ -17,7 +17,8 @@ from torch import Tensor
 
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.finish import finished_images, to_device
-from modsquad_ds.data.loader import VAL, LoaderPlan, check_split, eval_batches
+from modsquad_ds.data.loader import eval_batches
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, check_split
 from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.files import write_json
@@ -151,7 +152,7 @@ def check_classes(model: ModelFile, plan: LoaderPlan, split: str) -> None:
     """Equal numbers of classes under other names would give wrong metrics in silence."""
     for task, names in model.classes.items():
         folder = plan.folder(task, split)
-        found = list(plan.store(task, split).classes)
+        found = plan.classes(task, split)
         if found != names:
             first = next(i for i in range(len(names)) if found[i] != names[i])
             raise UserError(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
 from modsquad_ds.config import Recipe, UniqueKeys, recipe_from_tree, recipe_to_tree
-from modsquad_ds.data.loader import TRAIN, check_data
+from modsquad_ds.data.loader_plan import TRAIN, check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path
 from modsquad_ds.files import check_new_file, write_atomic
@@ -102,7 +102,7 @@ def classes_of(recipe: Recipe, name: str, spec: TaskSpec) -> tuple[str, ...]:
     }  # fmt: skip
     plan = loader_plan(recipe_from_tree(alone, f"of task {name}"), Ranks())
     check_data(plan)
-    return tuple(plan.store(name, TRAIN).classes)
+    return tuple(plan.classes(name, TRAIN))
 
 
 def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Recipe:

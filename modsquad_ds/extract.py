@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from modsquad_ds.adapt_spec import PruneSpec
 from modsquad_ds.config import Recipe
 from modsquad_ds.costs import Costs, Version, costs_side_by_side, print_costs
-from modsquad_ds.data.loader import VAL, LoaderPlan, check_split
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import Results, check_classes, evaluate_network, model_path
 from modsquad_ds.files import check_new_file, write_atomic

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from modsquad_ds.config import ParallelSpec, Recipe
-from modsquad_ds.data.loader import TRAIN, VAL, check_data, check_split
+from modsquad_ds.data.loader_plan import TRAIN, VAL, check_data, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.memory import Group, Held, Zero, groups_of, step_memory
 from modsquad_ds.memory_trace import Trace, network_of, trace_step

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.order import Sampling
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError
@@ -35,7 +35,7 @@ def check_same_shards(plan: LoaderPlan, splits: Sequence[str]) -> None:
 
     Shards at a URL may be replaced while a job starts, and copies on the nodes' own disks may differ. Every rank calls it.
     """
-    stores = {f"{task}/{split}": plan.store(task, split) for task in plan.tasks for split in splits}
+    stores = {f"{tasks[0]}/{split}": plan.store(tasks[0], split) for tasks in plan.streams.values() for split in splits}
     found = {name: store.fingerprint for name, store in stores.items() if isinstance(store, ShardSet)}
     everyone = gather_json(found)
     for name in found:
@@ -43,8 +43,8 @@ def check_same_shards(plan: LoaderPlan, splits: Sequence[str]) -> None:
         if others:
             task, split = name.split("/")
             raise UserError(
-                f"tasks.{task}.data: rank {others[0]} sees other shards than rank 0 in {plan.folder(task, split)}: they were "
-                "replaced while the job started, or the nodes have different copies; start again, or copy them again"
+                f"{plan.section(task)}.data: rank {others[0]} sees other shards than rank 0 in {plan.folder(task, split)}: they "
+                "were replaced while the job started, or the nodes have different copies; start again, or copy them again"
             )
 
 

@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modsquad_ds import draw, draw_maps
 from modsquad_ds.data.decode import DetectionLabel, decode_sample
-from modsquad_ds.data.loader import VAL, LoaderPlan, SampleStore, check_data
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, SampleStore, check_data
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path, predict_split
@@ -83,13 +83,16 @@ class _Excerpt:
     """The first samples of a split, as a `SampleStore` of its own."""
 
     def __init__(self, store: SampleStore, images: int) -> None:
-        self._store, self.kind, self.classes = store, store.kind, store.classes
+        self._store, self.kind, self.classes, self.details = store, store.kind, store.classes, store.details
         self.shard_sizes: list[int] = []
         for size in store.shard_sizes:
             self.shard_sizes.append(min(size, images - sum(self.shard_sizes)))
 
     def read(self, shard: int, sample: int) -> RawSample:
         return self._store.read(shard, sample)
+
+    def fields(self, shard: int, sample: int) -> Collection[str]:
+        return self._store.fields(shard, sample)
 
     def __iter__(self) -> Iterator[RawSample]:
         for shard, size in enumerate(self.shard_sizes):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.loader import TRAIN, VAL
+from modsquad_ds.data.loader_plan import TRAIN, VAL
 from modsquad_ds.data.shards import INDEX_NAME, Index, index_file, load_index
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError

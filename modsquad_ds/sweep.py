@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modsquad_ds import draw
 from modsquad_ds.adapt_spec import PruneSpec
 from modsquad_ds.costs import Version, costs_of
-from modsquad_ds.data.loader import VAL, LoaderPlan
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan
 from modsquad_ds.evaluate import Results, evaluate_network
 from modsquad_ds.model_file import ModelFile, network_of
 from modsquad_ds.selection import Kept, kept_experts, share_kept

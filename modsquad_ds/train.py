@@ -13,7 +13,8 @@ from modsquad_ds import checkpoint
 from modsquad_ds.adapt import close, hide_unused, is_adaptation, without_unseen
 from modsquad_ds.checkpoint import Progress
 from modsquad_ds.config import Recipe, recipe_to_tree
-from modsquad_ds.data.loader import TRAIN, LoaderPlan, check_data, train_loader
+from modsquad_ds.data.loader import train_loader
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.errors import Stopped, UserError
 from modsquad_ds.files import make_folder, say, write_json, writing_to
 from modsquad_ds.model_file import ModelFile, write_model
@@ -155,7 +156,7 @@ def save_model(trainer: Trainer, plan: LoaderPlan) -> None:
 def class_names(trainer: Trainer, plan: LoaderPlan) -> dict[str, list[str]]:
     """Class names of all tasks: from the shards of those that learn, from the file that the run started from for the others."""
     known = trainer.start.classes if trainer.start is not None else {}
-    own = {task: list(plan.store(task, TRAIN).classes) for task in plan.tasks}
+    own = {task: plan.classes(task, TRAIN) for task in plan.tasks}
     for task in own.keys() & known.keys():
         if own[task] != known[task]:
             i = next(i for i, pair in enumerate(zip(own[task], known[task], strict=False)) if pair[0] != pair[1])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modsquad_ds import draw
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.loader import VAL, LoaderPlan, check_split
+from modsquad_ds.data.loader_plan import VAL, LoaderPlan, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import by_canvas, check_classes, model_path, split_batches
 from modsquad_ds.files import make_folder, write_atomic, write_json

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modsquad_ds.data.loader import LoaderPlan
+from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.types import Finish, RawSample, SubBatch
 from modsquad_ds.tasks import ClassificationTask, DetectionTask, SegmentationTask, TaskSpec
 
@@ -26,6 +26,10 @@ class MemoryStore:
         self.kind = KIND_OF[self.task]
         self.classes = ["a", "b", "c"]
         self.shard_sizes = SIZES[self.task]
+        self.details: dict[str, Any] = {}
+
+    def fields(self, shard: int, sample: int) -> set[str]:
+        return set(self.read(shard, sample).fields)
 
     def read(self, shard: int, sample: int) -> RawSample:
         rng = np.random.default_rng([shard, sample])

@@ -12,7 +12,8 @@ from modsquad_ds.bench import loader as bench
 from modsquad_ds.bench.photos import LOOKS, write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import decode_rgb
-from modsquad_ds.data.loader import LoaderPlan, StepDataset
+from modsquad_ds.data.loader import StepDataset
+from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan

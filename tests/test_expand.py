@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modsquad_ds.config import load_recipe
-from modsquad_ds.data.loader import check_data
+from modsquad_ds.data.loader_plan import check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.expand import EXAMPLE, expand, read_task
 from modsquad_ds.model_file import network_of, read_model

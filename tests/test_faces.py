@@ -11,7 +11,8 @@ from modsquad_ds.config import load_recipe
 from modsquad_ds.data import quickstart
 from modsquad_ds.data.convert import convert
 from modsquad_ds.data.finish import finished_images
-from modsquad_ds.data.loader import check_data, eval_batches, train_loader
+from modsquad_ds.data.loader import eval_batches, train_loader
+from modsquad_ds.data.loader_plan import check_data
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.model.counts import count_parameters
 from modsquad_ds.model.network import build_network

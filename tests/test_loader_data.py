@@ -11,7 +11,8 @@ from PIL import Image
 
 from memory import EmptyStore, assert_equal, classification, detection, plan, segmentation
 from modsquad_ds.data.convert import convert
-from modsquad_ds.data.loader import LoaderPlan, check_data, eval_batches, train_loader
+from modsquad_ds.data.loader import eval_batches, train_loader
+from modsquad_ds.data.loader_plan import LoaderPlan, check_data
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError
 

@@ -13,7 +13,7 @@ import layouts
 from modsquad_ds.config import Recipe
 from modsquad_ds.data.convert import convert
 from modsquad_ds.data.decode import decode_mask
-from modsquad_ds.data.loader import VAL
+from modsquad_ds.data.loader_plan import VAL
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import predict_split
 from modsquad_ds.model.network import build_network

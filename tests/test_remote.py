@@ -16,7 +16,8 @@ from memory import assert_equal, classification, detection, plan, segmentation
 from modsquad_ds.data import fetch as fetching
 from modsquad_ds.data import shards
 from modsquad_ds.data.convert import convert
-from modsquad_ds.data.loader import LoaderPlan, StepDataset, check_data, eval_batches, train_loader
+from modsquad_ds.data.loader import StepDataset, eval_batches, train_loader
+from modsquad_ds.data.loader_plan import LoaderPlan, check_data
 from modsquad_ds.data.quickstart import build
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError
@@ -92,6 +93,13 @@ def test_the_same_batches_as_from_disk(workers: int, web: Web, expected: list[An
     }  # fmt: skip
     # Once per process and split; workers have their parent's.
     assert {web.requests[f"{task}/{split}/index.json"] for task in remote.tasks for split in ("train", "val")} == {1}
+
+
+def test_what_a_sample_has_is_known_without_its_tar(web: Web, data: Path, tmp_path: Path) -> None:
+    store = plan_of(web.url, tmp_path / "c").store("scenes", "val")
+    assert [store.fields(1, sample) for sample in (0, 1)] == [{"png", "json"}] * 2
+    assert tars(web) == {"scenes/val/shard-00001.index.json": 1}
+    assert store.read(1, 1) == ShardSet(data / "scenes/val").read(1, 1)._replace(shard=f"{web.url}/scenes/val/shard-00001.tar")
 
 
 def test_the_same_batches_for_evaluation(web: Web, data: Path, tmp_path: Path) -> None:

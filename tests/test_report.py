@@ -291,6 +291,12 @@ class Numbers:
 
     kind, classes, shard_sizes = "classification", ("a", "b"), (2, 1, 2)
 
+    def __init__(self) -> None:
+        self.details: dict[str, Any] = {}
+
+    def fields(self, shard: int, sample: int) -> set[str]:
+        return set()
+
     def read(self, shard: int, sample: int) -> RawSample:
         return RawSample(f"{shard}/{sample}", {}, "shard")
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from modsquad_ds.data.finish import finished_images
-from modsquad_ds.data.loader import VAL, check_split, eval_batches
+from modsquad_ds.data.loader import eval_batches
+from modsquad_ds.data.loader_plan import VAL, check_split
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import BATCH_IMAGES, model_path
 from modsquad_ds.model_file import network_of, read_model

@@ -9,7 +9,7 @@ this machine's processor, as the share of bare decoding would be if the pipeline
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,12 +33,13 @@ from modsquad_ds.bench.photos import write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import IMAGE_FIELDS
 from modsquad_ds.data.finish import finished_images
-from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
+from modsquad_ds.data.loader import BatchLoader, StepDataset
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.data.types import RawSample, SubBatch
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
-from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SegmentationTransform, TaskSpec
+from modsquad_ds.tasks import ClassificationTransform, DetectionTransform, SegmentationTransform, SetTransform, TaskSpec
 
 PHOTO_RECIPE = "heterogeneous"
 """The recipe that is measured on photographs when the user names none."""
@@ -72,7 +73,10 @@ class _Recorder:
 
     def __init__(self, store: ShardSet, files: list[bytes]) -> None:
         self._store, self._files = store, files
-        self.kind, self.classes, self.shard_sizes = self._store.kind, self._store.classes, self._store.shard_sizes
+        self.kind, self.classes, self.shard_sizes, self.details = store.kind, store.classes, store.shard_sizes, store.details
+
+    def fields(self, shard: int, sample: int) -> Collection[str]:
+        return self._store.fields(shard, sample)
 
     def read(self, shard: int, sample: int) -> RawSample:
         raw = self._store.read(shard, sample)
@@ -123,17 +127,19 @@ def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row
 def cases_of(plan: LoaderPlan, images: int) -> Iterator[Case]:
     """The cases of a plan, each with enough micro-steps for `images` images or more."""
     first: Case | None = None
-    for name, spec in plan.tasks.items():
+    for name, tasks in plan.streams.items():
+        spec = plan.tasks[tasks[0]]
         kept = spec.transform.model_copy(update={key: PLAIN[key] for key in PLAIN if hasattr(spec.transform, key)})
-        plain = spec.model_copy(update={"transform": kept})
-        for title, version in {f"{name}, plain": plain, name: spec}.items() if plain != spec else [(name, spec)]:
-            alone = replace(plan, tasks={name: version})
-            case = Case(title, alone, range(-(-images // alone.rank_images(name))), beyond_decoding(version))
+        versions = {f"{name}, plain": kept, name: spec.transform} if kept != spec.transform else {name: kept}
+        for title, transform in versions.items():
+            alone = replace(plan, tasks={task: plan.tasks[task].model_copy(update={"transform": transform}) for task in tasks})
+            micro_steps = range(-(-images // alone.rank_images(tasks[0])))
+            case = Case(title, alone, micro_steps, beyond_decoding(alone.tasks[tasks[0]]))
             first = first or case
             yield case
     assert first is not None
     yield _in_worker(first)
-    if len(plan.tasks) > 1:
+    if len(plan.streams) > 1:
         steps = -(-images // max(plan.rank_images(name) for name in plan.tasks))
         together = Case("all tasks", plan, range(steps), "all of the above, in one batch")
         yield together
@@ -163,6 +169,9 @@ def beyond_decoding(spec: TaskSpec) -> str:
         case SegmentationTransform() as t:
             parts = ["mask decoded", f"random scale, crop to {t.crop[0]} x {t.crop[1]} px of both", "flip"]
             parts += ["photometric distortion"] if t.photometric else []
+        case SetTransform() as t:
+            parts = ["maps decoded", f"zoom, crop to {t.crop[0]} x {t.crop[1]} px of all", "flip"]
+            parts += [name for name, on in {"turned": t.rotate, "photometric distortion": t.photometric}.items() if on]
     return ", ".join(["read", *parts, "batch"])
 
 

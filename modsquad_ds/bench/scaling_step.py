@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from modsquad_ds.bench.measure import Row, environment, peak_memory, spread, spread_fields, wait_for_device
 from modsquad_ds.bench.routing import Load, balanced, load_of_ranks, observed
 from modsquad_ds.config import Recipe, recipe_from_tree
-from modsquad_ds.data.loader import TRAIN, BatchLoader, LoaderPlan, StepDataset, check_data
+from modsquad_ds.data.loader import BatchLoader, StepDataset
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan, check_data
 from modsquad_ds.data.order import TaskSchedule
 from modsquad_ds.data.transforms import TRANSFORMS
 from modsquad_ds.data.types import Batch
@@ -30,6 +31,7 @@ from modsquad_ds.parallel.experts import ep_size_of
 from modsquad_ds.parallel.traffic import counted
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.resume import find, resume
+from modsquad_ds.tasks import SetTask
 from modsquad_ds.trainer import Trainer, build_trainer, train_step
 
 ROUTINGS = ("learned", "balanced")
@@ -95,7 +97,7 @@ def like_steps(plan: LoaderPlan, rounds: int, cases: int) -> list[int]:
 
     So cases do the same work, and rounds differ as the recipe's steps do.
     """
-    schedule = TaskSchedule(plan.sampling, plan.seed, {name: spec.sampling_weight for name, spec in plan.tasks.items()})
+    schedule = TaskSchedule(plan.sampling, plan.seed, plan.sampling_weights)
     alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     chosen: list[int] = []
     for step in itertools.count():
@@ -109,7 +111,9 @@ def like_steps(plan: LoaderPlan, rounds: int, cases: int) -> list[int]:
 
 
 def _canvas(plan: LoaderPlan, name: str, step: int) -> Any:
-    spec = plan.tasks[name]
+    spec = plan.tasks[plan.streams[name][0]]
+    if isinstance(spec, SetTask):
+        return spec.transform.crop
     return TRANSFORMS[spec.kind].canvas(spec.transform, plan.seed, name, step)
 
 

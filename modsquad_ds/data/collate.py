@@ -4,6 +4,7 @@ Images lie in memory row by row, the three bytes of a pixel side by side, as dec
 into the batch then is one of whole rows.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,7 +79,7 @@ def batch_memory(images: int, canvas: Size) -> Tensor:
     """
     size = images * 3 * canvas[0] * canvas[1]
     if get_worker_info() is not None:
-        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        flat = room((size,), torch.uint8)
     elif size < _HUGE:
         flat = torch.empty(size, dtype=torch.uint8)
     else:
@@ -87,6 +88,14 @@ def batch_memory(images: int, canvas: Size) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(memory, dtype=torch.uint8)
     return flat.view(images, *canvas, 3).permute(0, 3, 1, 2)
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Room for a batch's numbers, not yet written to; in a worker process in the memory that the batch travels in."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    memory = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(memory).view(shape)
 
 
 def fill(out: Tensor, image: Tensor) -> Tensor:
@@ -109,13 +118,13 @@ def collate_classification(
 ) -> SubBatch:
     """Targets: `labels` int64 `[B]`."""
     labels = torch.tensor([sample.target["label"] for sample in samples], dtype=torch.int64)
-    return _batch(samples, keys, pixels, images, {"labels": labels})
+    return assemble(samples, keys, pixels, images, {"labels": labels})
 
 
 def collate_detection(samples: Sequence[Ready], keys: Sequence[str], pixels: Pixels, images: Tensor | None = None) -> SubBatch:
     """Pads to the largest of the batch. Targets: lists of B tensors `boxes`, `labels`, `ignore`."""
     targets = {name: [sample.target[name] for sample in samples] for name in ("boxes", "labels", "ignore")}
-    return _batch(samples, keys, pixels, images, targets)
+    return assemble(samples, keys, pixels, images, targets)
 
 
 def collate_segmentation(
@@ -124,12 +133,13 @@ def collate_segmentation(
     """Pads to the largest of the batch. Targets: `labels` int64 `[B, H, W]`."""
     images = _padded(samples) if images is None else images
     labels = torch.stack([pad(sample.target["labels"], images.shape[-2:], IGNORE_INDEX) for sample in samples])
-    return _batch(samples, keys, pixels, images, {"labels": labels.long()})
+    return assemble(samples, keys, pixels, images, {"labels": labels.long()})
 
 
-def _batch(
+def assemble(
     samples: Sequence[Ready], keys: Sequence[str], pixels: Pixels, images: Tensor | None, targets: dict[str, Any]
 ) -> SubBatch:
+    """Samples, with the targets of them all -> the batch. `images` as for `Collate`."""
     finish = Finish(pixels.mean, pixels.std)
     areas = [sample.area for sample in samples if sample.area is not None]
     if areas:

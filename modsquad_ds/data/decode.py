@@ -98,26 +98,30 @@ def _as_tensor(data: bytes) -> Tensor:
 
 def decode_sample(raw: RawSample, kind: str, num_classes: int) -> Decoded:
     """Image and label of a sample of `kind`. UserError with shard, key and field for whatever is missing or broken."""
+    image, label_field = decode_image_of(raw), KINDS[kind].label_field
+    if label_field not in raw.fields:
+        refuse(raw, label_field, f"the label of a {kind} sample is missing; members are {sorted(raw.fields)}")
+    return Decoded(image, _LABEL_DECODERS[kind](raw, image.shape[1:], num_classes))
+
+
+def decode_image_of(raw: RawSample) -> Tensor:
+    """A sample's image, uint8 RGB `[3, H, W]`, upright. UserError with shard, key and field if it is missing or broken."""
     fields = [field for field in IMAGE_FIELDS if field in raw.fields]
     if len(fields) != 1:
-        _refuse(raw, "image", f"found {fields or 'none'} among members {sorted(raw.fields)}; expected exactly one")
+        refuse(raw, "image", f"found {fields or 'none'} among members {sorted(raw.fields)}; expected exactly one")
     field = fields[0]
     try:
-        image = decode_rgb(raw.fields[field])
+        return decode_rgb(raw.fields[field])
     except (RuntimeError, OSError, ValueError) as error:
-        _refuse(raw, field, f"the image cannot be decoded ({_first_line(error)})")
-    label_field = KINDS[kind].label_field
-    if label_field not in raw.fields:
-        _refuse(raw, label_field, f"the label of a {kind} sample is missing; members are {sorted(raw.fields)}")
-    return Decoded(image, _LABEL_DECODERS[kind](raw, image.shape[1:], num_classes))
+        refuse(raw, field, f"the image cannot be decoded ({_first_line(error)})")
 
 
 def _class_label(raw: RawSample, size: Sequence[int], num_classes: int) -> int:
     text = raw.fields["cls"].strip()
     if not text.isdigit():
-        _refuse(raw, "cls", f"{text[:40]!r} is not a class index")
+        refuse(raw, "cls", f"{text[:40]!r} is not a class index")
     if int(text) >= num_classes:
-        _refuse(raw, "cls", f"class {int(text)} is out of range, the task has {num_classes} classes (0-based)")
+        refuse(raw, "cls", f"class {int(text)} is out of range, the task has {num_classes} classes (0-based)")
     return int(text)
 
 
@@ -125,25 +129,25 @@ def _box_label(raw: RawSample, size: Sequence[int], num_classes: int) -> Detecti
     try:
         content = json.loads(raw.fields["json"])
     except ValueError as error:
-        _refuse(raw, "json", f"not JSON ({_first_line(error)})")
+        refuse(raw, "json", f"not JSON ({_first_line(error)})")
     missing = [name for name in _BOX_FIELDS if not isinstance(content, dict) or name not in content]
     if missing:
-        _refuse(raw, "json", f"{', '.join(missing)} missing; a detection label holds {', '.join(_BOX_FIELDS)}")
+        refuse(raw, "json", f"{', '.join(missing)} missing; a detection label holds {', '.join(_BOX_FIELDS)}")
     if (content["height"], content["width"]) != tuple(size):
-        stated = _by((content["height"], content["width"]))
-        _refuse(raw, "json", f"the label is for an image of {stated} but the image is {_by(size)} (height x width)")
+        stated = by((content["height"], content["width"]))
+        refuse(raw, "json", f"the label is for an image of {stated} but the image is {by(size)} (height x width)")
     try:
         boxes = torch.tensor(content["boxes"], dtype=torch.float32).reshape(-1, 4)
         labels = torch.tensor(content["labels"], dtype=torch.int64)
         crowd = torch.tensor(content["iscrowd"], dtype=torch.bool)
     except (TypeError, ValueError, RuntimeError) as error:
-        _refuse(raw, "json", f"boxes, labels or iscrowd are no lists of numbers ({_first_line(error)})")
+        refuse(raw, "json", f"boxes, labels or iscrowd are no lists of numbers ({_first_line(error)})")
     if not len(boxes) == len(labels) == len(crowd) or not boxes.isfinite().all():
         counts = f"{len(boxes)} boxes, {len(labels)} labels, {len(crowd)} iscrowd"
-        _refuse(raw, "json", f"{counts}; expected as many of each, and finite boxes")
+        refuse(raw, "json", f"{counts}; expected as many of each, and finite boxes")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         found = f"{int(labels.min())}..{int(labels.max())}"
-        _refuse(raw, "json", f"labels {found} are out of range, the task has {num_classes} classes (0-based)")
+        refuse(raw, "json", f"labels {found} are out of range, the task has {num_classes} classes (0-based)")
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
     return DetectionLabel(corners[~crowd], labels[~crowd], corners[crowd], content)
 
@@ -152,13 +156,13 @@ def _mask_label(raw: RawSample, size: Sequence[int], num_classes: int) -> Tensor
     try:
         mask = decode_mask(raw.fields["seg.png"])
     except (RuntimeError, ValueError) as error:
-        _refuse(raw, "seg.png", f"the mask cannot be decoded ({_first_line(error)})")
+        refuse(raw, "seg.png", f"the mask cannot be decoded ({_first_line(error)})")
     if mask.shape != size:
-        _refuse(raw, "seg.png", f"the mask is {_by(mask.shape)} but the image is {_by(size)} (height x width)")
+        refuse(raw, "seg.png", f"the mask is {by(mask.shape)} but the image is {by(size)} (height x width)")
     counts = torch.bincount(mask.flatten(), minlength=256)
     if counts[num_classes:IGNORE_INDEX].any():
         worst = int(counts[:IGNORE_INDEX].nonzero().max())
-        _refuse(raw, "seg.png", f"class {worst} is out of range, the task has {num_classes} classes (0-based, or 255)")
+        refuse(raw, "seg.png", f"class {worst} is out of range, the task has {num_classes} classes (0-based, or 255)")
     return mask
 
 
@@ -170,7 +174,8 @@ _LABEL_DECODERS: dict[str, Callable[[RawSample, Sequence[int], int], int | Detec
 """Kind -> (sample, height and width of its image, number of classes) -> label."""
 
 
-def _by(size: Sequence[int]) -> str:
+def by(size: Sequence[int]) -> str:
+    """`480x640`."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -181,5 +186,6 @@ def _first_line(error: Exception) -> str:
     return rest.partition(", ")[2] if place else line
 
 
-def _refuse(raw: RawSample, field: str, what: str) -> NoReturn:
+def refuse(raw: RawSample, field: str, what: str) -> NoReturn:
+    """UserError about a field of a sample."""
     raise UserError(f"{raw.shard}: sample {raw.key!r}, field {field!r}: {what}")

@@ -4,144 +4,79 @@ A training batch is a pure function of (seed, micro-step, rank, world): the data
 sampler is a plain range, and worker processes only compute ahead. Whatever a user has to mend arrives as a UserError.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from modsquad_ds.config import CacheSpec
 from modsquad_ds.data.collate import Pixels, Ready, batch_memory
-from modsquad_ds.data.decode import decode_sample
-from modsquad_ds.data.mixing import Mixing, mix_pairs
-from modsquad_ds.data.order import SampleOrder, Sampling, TaskSchedule, derive_seed, rank_slice, step_positions
-from modsquad_ds.data.shards import DEFAULT_CACHE, ShardSet
-from modsquad_ds.data.transforms import TRANSFORMS, eval_resize, seeded
-from modsquad_ds.data.types import Batch, Finish, RawSample, SubBatch
+from modsquad_ds.data.decode import decode_sample, refuse
+from modsquad_ds.data.loader_plan import LoaderPlan, SampleStore
+from modsquad_ds.data.mixing import mix_pairs, mixing_of
+from modsquad_ds.data.order import Place, SampleOrder, TaskSchedule, derive_seed, rank_slice, step_positions
+from modsquad_ds.data.set_batch import Pattern, collate_set, collate_task, deal
+from modsquad_ds.data.set_decode import decode_set_sample
+from modsquad_ds.data.set_transforms import set_eval, set_train
+from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.data.transforms import TRANSFORMS, seeded
+from modsquad_ds.data.types import Batch, Finish, RawSample, Rows, SubBatch
 from modsquad_ds.errors import UserError
-from modsquad_ds.location import Location
 from modsquad_ds.signals import ignore_in_worker
-from modsquad_ds.tasks import (
-    ClassificationTask,
-    ClassificationTransform,
-    DetectionTransform,
-    SegmentationTransform,
-    TaskSpec,
-)
-
-TRAIN, VAL = "train", "val"
-"""Names of the splits' folders below a task's `data`."""
-
-
-class SampleStore(Protocol):
-    """Random access to the samples of one split; `ShardSet` is the real one."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def classes(self) -> Sequence[str]: ...
-    @property
-    def shard_sizes(self) -> Sequence[int]: ...
-    def read(self, shard: int, sample: int) -> RawSample: ...
-
-
-OpenStore = Callable[[Location], SampleStore]
-"""Shard folder, or URL, -> its samples."""
-IN_ORDER = 2
-"""Shards that stay open where samples are read one after the other."""
-
-
-@dataclass(frozen=True)
-class LoaderPlan:
-    """Everything that decides what is loaded."""
-
-    tasks: dict[str, TaskSpec]
-    root: Location
-    """Folder or URL that relative `data` paths of the tasks start from."""
-    seed: int
-    sampling: Sampling
-    shuffle_window: int
-    """Shards whose samples are shuffled together."""
-    patch_size: int
-    mean: tuple[float, float, float]
-    """RGB, scale 0..255."""
-    std: tuple[float, float, float]
-    rank: int = 0
-    world: int = 1
-    accumulation: int = 1
-    """Micro-batches per optimizer step."""
-    open_store: OpenStore = ShardSet
-    cache: CacheSpec = DEFAULT_CACHE
-    """How shards that come by URL are kept."""
-
-    @property
-    def pixels(self) -> Pixels:
-        """The part that the transforms need."""
-        return Pixels(self.mean, self.std, self.patch_size)
-
-    def folder(self, task: str, split: str) -> Location:
-        """Shard folder of a task's split, or its URL."""
-        return self.root / self.tasks[task].data / split
-
-    def store(self, task: str, split: str, open_shards: int = IN_ORDER) -> SampleStore:
-        """The samples of a task's split, of which so many shards stay open."""
-        folder = self.folder(task, split)
-        return ShardSet(folder, open_shards, self.cache) if self.open_store is ShardSet else self.open_store(folder)
-
-    def train_store(self, task: str) -> SampleStore:
-        """A task's training samples. Shards of two windows stay open, since a batch can lie across their border."""
-        return self.store(task, TRAIN, open_shards=2 * self.shuffle_window)
-
-    def step_images(self, task: str) -> int:
-        """Images of `task` in one of its optimizer steps, over all ranks and micro-batches."""
-        spec = self.tasks[task]
-        if spec.batch_size is not None:
-            return spec.batch_size
-        assert spec.batch_size_per_rank is not None
-        return spec.batch_size_per_rank * self.world * self.accumulation
-
-    def rank_images(self, task: str) -> int:
-        """Images of `task` in one micro-batch of one rank. UserError if the step's images cannot be divided evenly."""
-        images, parts = self.step_images(task), self.world * self.accumulation
-        if images % parts:
-            raise UserError(
-                f"tasks.{task}.batch_size: {images} images cannot be divided over {self.world} ranks "
-                f"x {self.accumulation} micro-batches: take a multiple of {parts}"
-            )
-        return images // parts
-
+from modsquad_ds.tasks import SetTask, SetTransform, TaskSpec
 
 # ---------------------------------------------------------------- training
 
 
-class _TaskStream:
-    """The training batches of one task."""
+class _Stream:
+    """What the training batches of a task and of an image set have in common: samples in their order."""
 
     def __init__(self, plan: LoaderPlan, name: str) -> None:
-        self.plan, self.name, self.spec = plan, name, plan.tasks[name]
-        self.store = plan.train_store(name)
+        self.plan, self.name, self.tasks = plan, name, plan.streams[name]
+        self.store = plan.train_store(self.tasks[0])
         self.order = SampleOrder(self.store.shard_sizes, derive_seed("order", plan.seed, name), plan.shuffle_window)
-        self.mixing = _mixing(self.spec)
 
-    def batch(self, step: int, task_step: int, micro: int) -> SubBatch:
-        """This rank's part of micro-batch `micro` of `step`, which is the task's own step `task_step`."""
-        plan, rows = self.plan, TRANSFORMS[self.spec.kind]
-        share = plan.rank_images(self.name) * plan.world
-        everyone = step_positions(task_step * plan.accumulation + micro, share)
-        positions = everyone[rank_slice(share, plan.rank, plan.world)]
-        canvas = rows.canvas(self.spec.transform, plan.seed, self.name, step)
+    def positions(self, stream_step: int, micro: int) -> range:
+        """Positions in the stream of a micro-step, over all ranks."""
+        images = self.plan.rank_images(self.tasks[0]) * self.plan.world
+        return step_positions(stream_step * self.plan.accumulation + micro, images)
+
+    def announce(self, position: int) -> None:
+        """What is read from this position on is fetched ahead, if it has to be."""
         if isinstance(self.store, ShardSet):
-            self.store.announce(self.order.upcoming(positions[0], plan.cache.ahead))
+            self.store.announce(self.order.upcoming(position, self.plan.cache.ahead))
+
+    def sample_seed(self, place: Place, position: int) -> int:
+        """What the augmentation of the sample there is drawn from."""
+        return derive_seed("sample", self.plan.seed, self.name, place.epoch, position)
+
+
+class _TaskStream(_Stream):
+    """A task with images of its own."""
+
+    def __init__(self, plan: LoaderPlan, name: str) -> None:
+        super().__init__(plan, name)
+        self.spec = plan.tasks[name]
+        self.mixing = mixing_of(self.spec)
+
+    def batch(self, step: int, stream_step: int, micro: int) -> SubBatch:
+        """This rank's part of micro-batch `micro` of `step`, which is the stream's own step `stream_step`."""
+        plan, rows = self.plan, TRANSFORMS[self.spec.kind]
+        everyone = self.positions(stream_step, micro)
+        positions = everyone[rank_slice(len(everyone), plan.rank, plan.world)]
+        canvas = rows.canvas(self.spec.transform, plan.seed, self.name, step)
+        self.announce(positions[0])
         images = batch_memory(len(positions), canvas)
         samples, keys = [], []
         for position, image in zip(positions, images, strict=True):
             place = self.order.locate(position)
             raw = self.store.read(place.shard, place.sample)
             decoded = decode_sample(raw, self.spec.kind, self.spec.num_classes)
-            with seeded(derive_seed("sample", plan.seed, self.name, place.epoch, position)):
+            with seeded(self.sample_seed(place, position)):
                 samples.append(rows.train(decoded, self.spec.transform, plan.pixels, canvas, image))
             keys.append(raw.key)
         batch = rows.collate(samples, keys, plan.pixels, images)
@@ -150,10 +85,44 @@ class _TaskStream:
         return mix_pairs(batch, self.mixing, [derive_seed("mix", plan.seed, self.name, first) for first in positions[::2]])
 
 
-def _mixing(spec: TaskSpec) -> Mixing | None:
-    if isinstance(spec, ClassificationTask) and (spec.transform.mixup > 0 or spec.transform.cutmix > 0):
-        return Mixing(spec.transform.mixup, spec.transform.cutmix, spec.num_classes)
-    return None
+class _SetStream(_Stream):
+    """An image set: every image is decoded once for all its tasks."""
+
+    def __init__(self, plan: LoaderPlan, name: str) -> None:
+        super().__init__(plan, name)
+        specs = {task: plan.tasks[task] for task in self.tasks}
+        self.rows = {task: spec.row for task, spec in specs.items() if isinstance(spec, SetTask)}
+        transform = specs[self.tasks[0]].transform
+        assert isinstance(transform, SetTransform)
+        self.transform = transform
+
+    def batch(self, step: int, stream_step: int, micro: int) -> SubBatch:
+        """As `_TaskStream.batch`. A rank's images are those that `deal` gives it."""
+        plan, everyone = self.plan, self.positions(stream_step, micro)
+        self.announce(everyone[0])
+        places = [self.order.locate(position) for position in everyone]
+        share = deal([self._pattern(place) for place in places], plan.world)[plan.rank]
+        images = batch_memory(len(share.images), self.transform.crop)
+        wanted = tuple(dict.fromkeys(self.rows.values()))
+        samples, keys = [], []
+        for index, image in zip(share.images, images, strict=True):
+            place = places[index]
+            raw = self.store.read(place.shard, place.sample)
+            decoded = decode_set_sample(raw, wanted)
+            with seeded(self.sample_seed(place, everyone[index])):
+                samples.append(set_train(decoded, wanted, self.transform, plan.pixels, image))
+            keys.append(raw.key)
+        pairs = zip(self.rows.items(), share.readers, strict=True)
+        readers = {task: (row, those) for (task, row), those in pairs if those is not None}
+        return collate_set(samples, keys, plan.pixels, readers, images)
+
+    def _pattern(self, place: Place) -> Pattern:
+        fields = self.store.fields(place.shard, place.sample)
+        return tuple(row.field in fields for row in self.rows.values())
+
+
+def _stream(plan: LoaderPlan, name: str) -> _TaskStream | _SetStream:
+    return _TaskStream(plan, name) if plan.tasks[plan.streams[name][0]].stream is None else _SetStream(plan, name)
 
 
 class StepDataset(Dataset[Batch]):
@@ -161,9 +130,8 @@ class StepDataset(Dataset[Batch]):
 
     def __init__(self, plan: LoaderPlan) -> None:
         self._accumulation = plan.accumulation
-        weights = {name: spec.sampling_weight for name, spec in plan.tasks.items()}
-        self._schedule = TaskSchedule(plan.sampling, plan.seed, weights)
-        self._streams = {name: _TaskStream(plan, name) for name in plan.tasks}
+        self._schedule = TaskSchedule(plan.sampling, plan.seed, plan.sampling_weights)
+        self._streams = {name: _stream(plan, name) for name in plan.streams}
 
     def __getitem__(self, micro_step: int) -> Batch:
         """UserError if a sample cannot be read, decoded or used; it names shard, key and field."""
@@ -187,14 +155,16 @@ class EvalDataset(Dataset[SubBatch]):
     """Index -> batch of this rank's part of a split; over all ranks every sample is valid exactly once.
 
     Rank r holds a contiguous block of the split in shard order. All ranks have the same number of batches of the same
-    sizes; where samples run out the last one is repeated with `valid` False in its meta.
+    sizes; where samples run out the last one is repeated with `valid` False in its meta. Of an image set, only the samples
+    count that have the task's label.
     """
 
     def __init__(self, plan: LoaderPlan, task: str, split: str, batch_size: int) -> None:
         self._spec, self._pixels = plan.tasks[task], plan.pixels
         self._store, self._ahead = plan.store(task, split), plan.cache.ahead
         self._starts = np.concatenate([[0], np.cumsum(np.asarray(self._store.shard_sizes, dtype=np.int64))])
-        self._samples = int(self._starts[-1])
+        self._chosen = _having(self._store, self._spec) if isinstance(self._spec, SetTask) else None
+        self._samples = int(self._starts[-1]) if self._chosen is None else len(self._chosen)
         if self._samples == 0:
             raise UserError(f"{plan.folder(task, split)}: no samples to evaluate task {task!r} on")
         self._share = -(-self._samples // plan.world)
@@ -208,30 +178,54 @@ class EvalDataset(Dataset[SubBatch]):
         """UserError as in StepDataset. IndexError beyond the last batch."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        rows = TRANSFORMS[self._spec.kind]
         samples: list[Ready] = []
         keys: list[str] = []
         if isinstance(self._store, ShardSet):
             self._store.announce(self._upcoming(index))
         for offset in range(index * self._batch_size, min((index + 1) * self._batch_size, self._share)):
             wanted = self._first + offset
-            position = min(wanted, self._samples - 1)
-            shard = self._shard(position)
-            raw = self._store.read(shard, position - int(self._starts[shard]))
-            decoded = decode_sample(raw, self._spec.kind, self._spec.num_classes)
-            ready = rows.evaluate(decoded, self._spec.transform, self._pixels)
-            samples.append(ready._replace(meta=ready.meta | {"valid": wanted == position}))
+            raw = self._store.read(*self._place(wanted))
+            ready = scored(raw, self._spec, self._pixels)
+            samples.append(ready._replace(meta=ready.meta | {"valid": wanted < self._samples}))
             keys.append(raw.key)
-        return rows.collate(samples, keys, self._pixels)
-
+        if isinstance(self._spec, SetTask):
+            return collate_task(samples, keys, self._pixels, self._spec.row)
+        return TRANSFORMS[self._spec.kind].collate(samples, keys, self._pixels)
 
     def _upcoming(self, index: int) -> range:
         """Shards from that of the batch's first sample on."""
-        position = min(self._first + index * self._batch_size, self._samples - 1)
-        return range(self._shard(position), min(self._shard(position) + self._ahead + 1, len(self._starts) - 1))
+        shard, _ = self._place(self._first + index * self._batch_size)
+        return range(shard, min(shard + self._ahead + 1, len(self._starts) - 1))
 
-    def _shard(self, position: int) -> int:
-        return int(np.searchsorted(self._starts, position, side="right")) - 1
+    def _place(self, wanted: int) -> tuple[int, int]:
+        """Shard and place in it of the split's sample `wanted`, or of its last one."""
+        position = min(wanted, self._samples - 1)
+        position = position if self._chosen is None else int(self._chosen[position])
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return shard, position - int(self._starts[shard])
+
+
+def _having(store: SampleStore, spec: SetTask) -> NDArray[np.int64] | None:
+    """Places in the split, shard after shard, of the samples that have the task's label; None: all of them."""
+    places, place = [], 0
+    if store.details.get("targets", {}).get(spec.target) == sum(store.shard_sizes):
+        return None
+    for shard, size in enumerate(store.shard_sizes):
+        places += [place + sample for sample in range(size) if spec.row.field in store.fields(shard, sample)]
+        place += size
+    return np.array(places, dtype=np.int64)
+
+
+def scored(raw: RawSample, spec: TaskSpec, pixels: Pixels) -> Ready:
+    """One sample of a task as evaluation sees it. UserError that names shard, key and field."""
+    if not isinstance(spec, SetTask):
+        decoded = decode_sample(raw, spec.kind, spec.num_classes)
+        return TRANSFORMS[spec.kind].evaluate(decoded, spec.transform, pixels)
+    try:
+        ready = set_eval(decode_set_sample(raw, (spec.row,)), (spec.row,), spec.transform, pixels)
+    except ValueError as error:
+        refuse(raw, "image", str(error))
+    return ready._replace(meta=ready.meta | {"label": ready.meta["label"].get(spec.target)})
 
 
 def eval_batches(plan: LoaderPlan, task: str, split: str, batch_size: int, workers: int = 0) -> "BatchLoader[SubBatch]":
@@ -261,14 +255,14 @@ class _Parcel(Generic[T]):
 
 
 def _pin(content: Any) -> Any:
-    """Page-locked copies of images, what finishes them and targets, anything else as it is."""
+    """Page-locked copies of images, what finishes them, targets and rows, anything else as it is."""
     if isinstance(content, Tensor):
         return content.pin_memory()
     if isinstance(content, SubBatch):
         images, targets = _pin(content.images_BCHW), _pin(content.targets)
-        return content._replace(images_BCHW=images, targets=targets, finish=_pin(content.finish))
-    if isinstance(content, Finish):
-        return Finish(*map(_pin, content))
+        return content._replace(images_BCHW=images, targets=targets, finish=_pin(content.finish), rows=_pin(content.rows))
+    if isinstance(content, Finish | Rows):
+        return type(content)(*map(_pin, content))
     if isinstance(content, dict):
         return {name: _pin(value) for name, value in content.items()}
     return [_pin(value) for value in content] if isinstance(content, list) else content
@@ -330,70 +324,3 @@ class BatchLoader(Generic[T]):
             # The last reference: the workers end here and now. Left to the garbage collector, which breaks their queues
             # first, torch waits five seconds for each.
             del parcels
-
-
-# ---------------------------------------------------------------- checks before training
-
-
-def check_data(plan: LoaderPlan, splits: Sequence[str] = (TRAIN, VAL)) -> None:
-    """Meet every mismatch of recipe and data that needs no decoding. UserError with field, file and numbers."""
-    for name, spec in plan.tasks.items():
-        images = plan.rank_images(name)
-        if _mixing(spec) is not None and images % 2:
-            raise UserError(
-                f"tasks.{name}: mixup and cutmix mix pairs, but a rank's micro-batch holds {images} images "
-                f"({plan.step_images(name)} over {plan.world} ranks x {plan.accumulation} micro-batches): make it even"
-            )
-    for split in splits:
-        check_split(plan, split)
-
-
-def check_split(plan: LoaderPlan, split: str) -> None:
-    """The part of `check_data` that evaluation needs, on any number of ranks: kinds, numbers of classes and sizes."""
-    for name, spec in plan.tasks.items():
-        _check_transform(name, spec, plan.patch_size)
-        _check_store(name, spec, plan.folder(name, split), plan.store(name, split))
-
-
-def _check_store(name: str, spec: TaskSpec, folder: Location, store: SampleStore) -> None:
-    if store.kind != spec.kind:
-        raise UserError(f"tasks.{name}.kind: the recipe says {spec.kind}, but {folder} holds {store.kind} shards")
-    found = len(store.classes)
-    if found != spec.num_classes:
-        raise UserError(f"tasks.{name}.num_classes: the recipe says {spec.num_classes}, but {folder} has {found}")
-    if sum(store.shard_sizes) == 0:
-        raise UserError(f"tasks.{name}.data: {folder} holds no samples")
-
-
-def _check_transform(name: str, spec: TaskSpec, patch_size: int) -> None:
-    transform = spec.transform
-    sizes: dict[str, tuple[int, ...]] = {}
-    ranges: dict[str, tuple[float, float]] = {}
-    match transform:
-        case ClassificationTransform():
-            sizes["image_size"] = (transform.image_size,)
-            ranges |= {"scale": transform.scale, "ratio": transform.ratio}
-            if eval_resize(transform) < transform.image_size:
-                raise UserError(
-                    f"tasks.{name}.transform.eval_resize: {transform.eval_resize} px is less than "
-                    f"image_size {transform.image_size}: the centre crop would reach beyond the image"
-                )
-        case DetectionTransform():
-            sizes |= {f"canvases[{index}]": canvas for index, canvas in enumerate(transform.canvases)}
-            sizes["eval_canvas"] = transform.eval_canvas
-            ranges["scale"] = transform.scale
-            if not transform.canvases:
-                raise UserError(f"tasks.{name}.transform.canvases: empty; give at least one (height, width)")
-        case SegmentationTransform():
-            sizes["crop"] = transform.crop
-            if min(transform.resize) < 1:
-                found = f"tasks.{name}.transform.resize: {' x '.join(map(str, transform.resize))} px"
-                raise UserError(f"{found}; expected 1 or more")
-            ranges["ratio"] = transform.ratio
-    for field, sides in sizes.items():
-        if any(side < 1 or side % patch_size for side in sides):
-            found = f"tasks.{name}.transform.{field}: {' x '.join(map(str, sides))} px"
-            raise UserError(f"{found}; expected multiples of the patch size {patch_size}")
-    for field, (low, high) in ranges.items():
-        if not 0 < low <= high:
-            raise UserError(f"tasks.{name}.transform.{field}: {low} to {high}; expected 0 < low <= high")

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from modsquad_ds.data.collate import Rectangle
 from modsquad_ds.data.transforms import seeded
 from modsquad_ds.data.types import SubBatch
+from modsquad_ds.tasks import ClassificationTask, TaskSpec
 
 
 class Mixing(NamedTuple):
@@ -24,6 +25,13 @@ class Mixing(NamedTuple):
     mixup: float
     cutmix: float
     num_classes: int
+
+
+def mixing_of(spec: TaskSpec) -> Mixing | None:
+    """Mixup and CutMix of a task, if it has any."""
+    if isinstance(spec, ClassificationTask) and (spec.transform.mixup > 0 or spec.transform.cutmix > 0):
+        return Mixing(spec.transform.mixup, spec.transform.cutmix, spec.num_classes)
+    return None
 
 
 class _Mixed(NamedTuple):

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +133,10 @@ class _Member(NamedTuple):
     fields: Fields
 
 
+Members = Callable[[ShardEntry], list[_Member]]
+"""Entry of a tar -> what it holds; the last ones are kept."""
+
+
 def _parse_members(data: bytes, path: str, entry: ShardEntry) -> list[_Member]:
     """The samples of one tar, in its order. UserError if this is not the tar's index that was written."""
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
@@ -173,21 +177,21 @@ class _Folder:
         except OSError as error:
             raise UserError(f"shard {path}: {error.strerror}; {INDEX_NAME} lists it: {REMAKE}") from error
         if size < entry.bytes:
-            members = self._members(entry)
+            members = self.members(entry)
             lost = next((key for key, fields in members if any(sum(place) > size for place in fields.values())), None)
             first = f"first key lost is {lost!r}" if lost is not None else "no sample is lost, but its end is"
             raise UserError(f"shard {path}: truncated to {size} of {entry.bytes} bytes, {first}: {REMAKE}")
         if size > entry.bytes:
             raise UserError(f"shard {path}: has {size} bytes, {INDEX_NAME} says {entry.bytes}: another file: {REMAKE}")
 
-    def open(self, entry: ShardEntry) -> _OpenShard:
-        path, members = self._folder / entry.file, self._members(entry)
+    def open(self, entry: ShardEntry, members: Members) -> _OpenShard:
+        path = self._folder / entry.file
         try:
-            return _OpenShard(str(path), members, os.open(path, os.O_RDONLY))
+            return _OpenShard(str(path), members(entry), os.open(path, os.O_RDONLY))
         except OSError as error:
             raise UserError(f"shard {path}: cannot be opened ({error.strerror}): {REMAKE}") from error
 
-    def _members(self, entry: ShardEntry) -> list[_Member]:
+    def members(self, entry: ShardEntry) -> list[_Member]:
         path = self._folder / index_file(entry.file)
         try:
             data = path.read_bytes()
@@ -218,22 +222,26 @@ class _Fetched:
         """Whether the cache can hold the tar; the source is not asked."""
         self._cache.check_fits(self._tar(entry))
 
-    def open(self, entry: ShardEntry) -> _OpenShard:
-        tar, members = self._tar(entry), self._members(entry)
-        with open(self._cache.open(members), "rb") as file:
-            samples = _parse_members(file.read(), members.url, entry)
+    def open(self, entry: ShardEntry, members: Members) -> _OpenShard:
+        tar, samples = self._tar(entry), members(entry)
         return _OpenShard(tar.url, samples, self._cache.open(tar))
+
+    def members(self, entry: ShardEntry) -> list[_Member]:
+        """What the tar holds; the tar itself is not fetched."""
+        wanted = self._index_of(entry)
+        with open(self._cache.open(wanted), "rb") as file:
+            return _parse_members(file.read(), wanted.url, entry)
 
     def bring(self, shards: Sequence[ShardEntry], shard: int, spare: Sequence[int]) -> None:
         """Have a tar and its index fetched, at no cost for those of `spare`."""
         spared = {sha256 for other in spare for sha256 in (shards[other].sha256, shards[other].index_sha256)}
-        for wanted in (self._tar(shards[shard]), self._members(shards[shard])):
+        for wanted in (self._tar(shards[shard]), self._index_of(shards[shard])):
             self._cache.bring(wanted, spared)
 
     def _tar(self, entry: ShardEntry) -> Wanted:
         return Wanted(self._url.file(entry.file), entry.bytes, entry.sha256)
 
-    def _members(self, entry: ShardEntry) -> Wanted:
+    def _index_of(self, entry: ShardEntry) -> Wanted:
         return Wanted(self._url.file(index_file(entry.file)), None, entry.index_sha256)
 
 
@@ -262,7 +270,8 @@ class ShardSet:
             files.check(entry)
         of_sets = {row.field for row in TARGETS.values()}
         self._label_fields = {KINDS[self.kind].label_field} if self.kind in KINDS else of_sets
-        self._open = functools.lru_cache(maxsize=open_shards)(files.open)
+        self._members = functools.lru_cache(maxsize=open_shards)(files.members)
+        self._open = functools.lru_cache(maxsize=open_shards)(functools.partial(files.open, members=self._members))
         self._ahead = None
         if isinstance(files, _Fetched) and cache.ahead > 0:
             self._ahead = FetchAhead(functools.partial(files.bring, self.index.shards))
@@ -288,7 +297,7 @@ class ShardSet:
 
     def fields(self, shard: int, sample: int) -> frozenset[str]:
         """Names of a sample's members, for which only the tar's index is read."""
-        return frozenset(self._open(self.index.shards[shard]).members[sample].fields)
+        return frozenset(self._members(self.index.shards[shard])[sample].fields)
 
     def announce(self, shards: Sequence[int]) -> None:
         """These are read next: what has to be fetched for that is fetched from now on, in this order, besides other work."""

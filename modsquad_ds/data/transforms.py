@@ -72,7 +72,7 @@ def step_canvas(spec: DetectionTransform, seed: int, task: str, step: int) -> Si
     return spec.canvases[derive_seed("canvas", seed, task, step) % len(spec.canvases)]
 
 
-def _channels_apart(image: Tensor) -> Tensor:
+def channels_apart(image: Tensor) -> Tensor:
     """One channel after the other in memory: torch's kernels that change colours are several times faster then."""
     return fill(torch.empty(image.shape, dtype=torch.uint8), image)
 
@@ -94,17 +94,19 @@ def _scaled(image: Tensor, scale: float) -> list[int]:
     return [max(round(height * scale), 1), max(round(width * scale), 1)]
 
 
-def _uniform(bounds: tuple[float, float]) -> float:
+def uniform(bounds: tuple[float, float]) -> float:
+    """A random number between the two."""
     low, high = bounds
     return low + (high - low) * torch.rand(()).item()
 
 
-def _at_most(largest: int) -> int:
+def at_most(largest: int) -> int:
     """A random whole number in 0 .. largest."""
     return int(torch.randint(largest + 1, ()))
 
 
-def _original(image: Tensor) -> dict[str, Any]:
+def original(image: Tensor) -> dict[str, Any]:
+    """What an evaluated sample's meta says whatever the kind."""
     return {"valid": True, "size": (image.shape[-2], image.shape[-1])}
 
 
@@ -155,7 +157,7 @@ def classification_train(
     if torch.rand(()) < spec.flip:
         image = image.flip(-1)
     if color is not None:
-        image = color(_channels_apart(image))
+        image = color(channels_apart(image))
     image = image if out is None else fill(out, image)
     return Ready(image, {"label": sample.label}, {}, erased=None if erasing is None else _erased(erasing, image))
 
@@ -166,7 +168,7 @@ def classification_eval(sample: Decoded, spec: ClassificationTransform, pixels: 
     scale = short / min(sample.image.shape[-2:])
     image = F.resize(sample.image, _scaled(sample.image, scale), interpolation=InterpolationMode.BICUBIC)
     image = F.center_crop(image, [spec.image_size, spec.image_size])
-    return Ready(image, {"label": sample.label}, _original(sample.image))
+    return Ready(image, {"label": sample.label}, original(sample.image))
 
 
 # ---------------------------------------------------------------- detection
@@ -176,7 +178,7 @@ Window = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 
-def _look(image: Tensor, window: Window, out: Tensor) -> Rectangle:
+def look(image: Tensor, window: Window, out: Tensor) -> Rectangle:
     """Fill `out` `[3, height, width]` with what the window shows, 0 beyond the image; the part that is image."""
     top, left, height, width = window
     rows = slice(max(-top, 0), min(image.shape[-2] - top, height))
@@ -204,7 +206,7 @@ def _place(sample: Decoded, size: Sequence[int], window: Window, flip: bool, out
     if flip:
         image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
     shown = canvas_memory(window[2:]) if out is None else out
-    area = _look(image, window, shown)
+    area = look(image, window, shown)
     corners = F.crop(F.clamp_bounding_boxes(boxes), *window).as_subclass(Tensor)
     kept = (corners[:, 2:] - corners[:, :2] >= 1).all(1)
     objects = len(label.boxes)
@@ -222,10 +224,10 @@ def detection_train(sample: Decoded, spec: DetectionTransform, pixels: Pixels, c
     Above scale 1 the canvas shows a random part of the image. Targets: `boxes` `[n, 4]`, `labels` `[n]`, `ignore`
     `[m, 4]`.
     """
-    size = _scaled(sample.image, _fits(sample.image, canvas) * _uniform(spec.scale))
+    size = _scaled(sample.image, _fits(sample.image, canvas) * uniform(spec.scale))
     corner = []
     for side, room in zip(size, canvas, strict=True):
-        offset = _at_most(abs(room - side))
+        offset = at_most(abs(room - side))
         corner.append(offset if side > room else -offset)
     flip = bool(torch.rand(()) < spec.flip)
     return _place(sample, size, (corner[0], corner[1], *canvas), flip, out)
@@ -239,7 +241,7 @@ def detection_eval(sample: Decoded, spec: DetectionTransform, pixels: Pixels) ->
     ready = _place(sample, size, (0, 0, canvas[0], canvas[1]), False, None)
     assert isinstance(sample.label, DetectionLabel)
     meta = {"content": (size[0], size[1]), "canvas": (canvas[0], canvas[1]), "annotations": sample.label.annotations}
-    return ready._replace(meta=_original(sample.image) | meta)
+    return ready._replace(meta=original(sample.image) | meta)
 
 
 # ---------------------------------------------------------------- segmentation
@@ -272,7 +274,7 @@ def _random_crop(mask: Tensor, spec: SegmentationTransform) -> tuple[slice, slic
     """Rows and columns of a crop in which no class covers more than `max_class_share`, or of the last one drawn."""
     height, width = min(mask.shape[0], spec.crop[0]), min(mask.shape[1], spec.crop[1])
     for _ in range(1 + _CROP_DRAWS):
-        top, left = _at_most(mask.shape[0] - height), _at_most(mask.shape[1] - width)
+        top, left = at_most(mask.shape[0] - height), at_most(mask.shape[1] - width)
         rows, columns = slice(top, top + height), slice(left, left + width)
         if spec.max_class_share == 1 or _class_share(mask[rows, columns]) <= spec.max_class_share:
             break
@@ -284,16 +286,16 @@ def segmentation_train(
 ) -> Ready:
     """Random scale, random crop, flip, photometric distortion, pad. Target: `labels` uint8 `[H, W]`."""
     assert isinstance(sample.label, Tensor)
-    scale = _fit_scale(sample.image, spec) * _uniform(spec.ratio)
+    scale = _fit_scale(sample.image, spec) * uniform(spec.ratio)
     image, mask = _resize_pair(sample.image, sample.label, scale)
     rows, columns = _random_crop(mask, spec)
     image, mask = image[:, rows, columns], mask[rows, columns]
     if torch.rand(()) < spec.flip:
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
     if spec.photometric:
-        image = _PHOTOMETRIC(_channels_apart(image))
+        image = _PHOTOMETRIC(channels_apart(image))
     shown = canvas_memory(spec.crop) if out is None else out
-    area = _look(image, (0, 0, *spec.crop), shown)
+    area = look(image, (0, 0, *spec.crop), shown)
     return Ready(shown, {"labels": pad(mask, spec.crop, IGNORE_INDEX)}, {}, area)
 
 
@@ -303,7 +305,7 @@ def segmentation_eval(sample: Decoded, spec: SegmentationTransform, pixels: Pixe
     image, mask = _resize_pair(sample.image, sample.label, _fit_scale(sample.image, spec))
     content = (image.shape[-2], image.shape[-1])
     size = [-(-side // pixels.patch_size) * pixels.patch_size for side in content]
-    meta = _original(sample.image) | {"label": sample.label, "content": content, "canvas": (size[0], size[1])}
+    meta = original(sample.image) | {"label": sample.label, "content": content, "canvas": (size[0], size[1])}
     labels = {"labels": pad(mask, size, IGNORE_INDEX)}
     return Ready(pad(image, size, 0), labels, meta, (0, 0, *content))
 
