@@ -120,7 +120,7 @@ def predict(
 
 @app.command()
 def shards(
-    layout: Annotated[str, typer.Argument(help="imagenet, coco, ade20k or taskonomy.")],
+    layout: Annotated[str, typer.Argument(help="imagenet, coco, ade20k, taskonomy or pascal_context.")],
     src: Annotated[Path, typer.Argument(help="The dataset as it was downloaded.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; they go to OUT/SPLIT.")],
     split: Annotated[str, typer.Option(help="Split to convert.")] = "train",
@@ -133,7 +133,7 @@ def shards(
     split_list: Annotated[
         str | None, typer.Option(metavar="NAME", help="taskonomy: tiny, medium, full, fullplus or a CSV file.")
     ] = None,
-    targets: Annotated[str | None, typer.Option(metavar="A,B", help="taskonomy: read only these of the 13 targets.")] = None,
+    targets: Annotated[str | None, typer.Option(metavar="A,B", help="taskonomy, pascal_context: read only these.")] = None,
 ) -> None:
     """Convert a dataset to WebDataset shards with an index, checking every sample.
 
@@ -141,7 +141,8 @@ def shards(
     modsquad-ds shards coco /data/coco /shards/coco --split val
     modsquad-ds shards ade20k /data/ADEChallengeData2016 /shards/ade20k --split train
     modsquad-ds shards taskonomy /data/taskonomy /shards/taskonomy --split-list tiny --split val
-    modsquad-ds shards taskonomy /data/taskonomy /shards/depth --split-list tiny --targets depth_zbuffer,normal[/dim]
+    modsquad-ds shards taskonomy /data/taskonomy /shards/depth --split-list tiny --targets depth_zbuffer,normal
+    modsquad-ds shards pascal_context /data/PASCAL_MT /shards/pascal --split val[/dim]
 
     Several jobs can share the work: each runs the same command with its own --part, in any order and as often as it likes;
     a part that is finished is not written again. Then --merge checks all parts and makes OUT/SPLIT, the same bytes as in

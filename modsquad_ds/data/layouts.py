@@ -1,7 +1,8 @@
 """The table of dataset layouts: how each is listed, how one of its samples is encoded. A further layout is one row here.
 
 Layouts: `imagenet` (class folders), `coco` (instances json + images), `ade20k` (images + annotations), `taskonomy` (a folder of
-maps per task). `read_source` lists, `encode` reads and checks one sample, in worker processes.
+maps per task), `pascal_context` (a folder of labels per task). `read_source` lists, `encode` reads and checks one sample, in
+worker processes.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modsquad_ds.data import samples
+from modsquad_ds.data.pascal_context import pascal_members, read_pascal_context
 from modsquad_ds.data.samples import Labels, Sample
 from modsquad_ds.data.set_samples import Encoded
 from modsquad_ds.data.sources import NO_OPTIONS, Options, Source, read_ade20k, read_coco, read_imagenet
@@ -37,6 +39,7 @@ LAYOUTS: dict[str, Layout] = {
     "coco": Layout(partial(_alone, read_coco)),
     "ade20k": Layout(partial(_alone, read_ade20k)),
     "taskonomy": Layout(read_taskonomy, view_members, options=("split_list", "targets")),
+    "pascal_context": Layout(read_pascal_context, pascal_members, options=("targets",)),
 }
 
 

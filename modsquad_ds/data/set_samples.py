@@ -15,6 +15,7 @@ from torchvision.io import encode_png
 
 from modsquad_ds.data.samples import BadSample, BadSampleError, Size, _by, _read, examine
 from modsquad_ds.data.target_files import decode_target_png, npy_bytes, read_npy
+from modsquad_ds.errors import UserError
 from modsquad_ds.targets import IGNORE_CLASS, Target
 
 SUM_TOLERANCE = 1e-3
@@ -35,6 +36,24 @@ class SetImage(NamedTuple):
 
     data: bytes
     size: Size
+
+
+def chosen_targets(
+    layout: str, names: tuple[str, ...] | None, rows: tuple[Target, ...], more: tuple[Target, ...] = ()
+) -> tuple[str, ...]:
+    """The targets to read, in the table's order; without `names` those of `rows`, but none of `more`.
+
+    UserError for one that the layout does not have, and for one given twice.
+    """
+    if names is None:
+        return tuple(row.name for row in rows)
+    known = [row.name for row in (*rows, *more)]
+    for place, name in enumerate(names):
+        if name not in known:
+            raise UserError(f"--targets: {layout} has no {name!r}; it has {', '.join(sorted(known))}")
+        if name in names[:place]:
+            raise UserError(f"--targets: {name!r} is there twice")
+    return tuple(name for name in known if name in names)
 
 
 def read_image(root: Path, file: str) -> SetImage:

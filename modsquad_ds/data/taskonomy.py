@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modsquad_ds.data.samples import IMAGE_EXTENSIONS, BadSample, BadSampleError, Sample, Size
-from modsquad_ds.data.set_samples import Encoded, classes_from_one, read_image, read_map, read_scores
+from modsquad_ds.data.set_samples import Encoded, chosen_targets, classes_from_one, read_image, read_map, read_scores
 from modsquad_ds.data.sources import Options, Source, _files, _usable
 from modsquad_ds.data.target_files import mask_png
 from modsquad_ds.errors import UserError
@@ -50,7 +50,7 @@ def read_taskonomy(src: Path, split: str, options: Options) -> Source:
     not. Views without an image, or without a target, and buildings without any folder are bad samples. UserError for a split
     list that is missing or malformed and for a target without a folder.
     """
-    targets = chosen_targets(options.targets)
+    targets = chosen_targets("taskonomy", options.targets, TASKONOMY, TASKONOMY_MORE)
     path = list_path(src, options.split_list)
     listed = read_split_list(path)
     wanted = {building: line for building, (of, line) in listed.items() if of == split}
@@ -69,19 +69,6 @@ def read_taskonomy(src: Path, split: str, options: Options) -> Source:
     }
     samples = _usable(views.samples, views.bad)
     return Source(MULTILABEL, "taskonomy", src, split, (), samples, tuple(views.bad), details, targets)
-
-
-def chosen_targets(names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The targets to read, in the table's order; without `names` all 13. UserError for unknown ones, and for one given twice."""
-    known = {row.name for row in (*TASKONOMY, *TASKONOMY_MORE)}
-    if names is None:
-        return tuple(row.name for row in TASKONOMY)
-    for place, name in enumerate(names):
-        if name not in known:
-            raise UserError(f"--targets: taskonomy has no {name!r}; it has {', '.join(sorted(known))}")
-        if name in names[:place]:
-            raise UserError(f"--targets: {name!r} is there twice")
-    return tuple(row.name for row in (*TASKONOMY, *TASKONOMY_MORE) if row.name in names)
 
 
 # ---------------------------------------------------------------- split lists
