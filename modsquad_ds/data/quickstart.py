@@ -112,7 +112,7 @@ def _is_complete(out: Path, wanted: dict[str, Any]) -> bool:
 
 def _load_digits() -> tuple[Pixels, NDArray[np.int64]]:
     """Images `[1797, 8, 8]` with ink 0..255, labels `[1797]`."""
-    with _needs_package("scikit-learn"):
+    with needs_package("scikit-learn"):
         from sklearn.datasets import load_digits
     digits = load_digits()
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
@@ -120,16 +120,16 @@ def _load_digits() -> tuple[Pixels, NDArray[np.int64]]:
 
 def _load_faces() -> tuple[Pixels, NDArray[np.int64]]:
     """Grey pieces of photos `[200, 25, 25]`, labels `[200]`: places in FACES."""
-    with _needs_package("scikit-image"):
+    with needs_package("scikit-image"):
         from skimage.data import lfw_subset
     return np.rint(lfw_subset() * 255).astype(np.uint8), np.repeat(np.arange(len(FACES)), 100)
 
 
 def load_pictures() -> dict[str, Pixels]:
     """The photos and textures, RGB `[height, width, 3]`, by the names of PHOTOS and TEXTURES."""
-    with _needs_package("scikit-learn"):
+    with needs_package("scikit-learn"):
         from sklearn.datasets import load_sample_image
-    with _needs_package("scikit-image"):
+    with needs_package("scikit-image"):
         from skimage import data
     pictures = {"china": load_sample_image("china.jpg"), "flower": load_sample_image("flower.jpg")}
     pictures |= {"tissue": data.immunohistochemistry(), "stars": data.hubble_deep_field()}
@@ -144,11 +144,12 @@ def _rgb(picture: Pixels) -> Pixels:
 
 
 @contextmanager
-def _needs_package(package: str) -> Iterator[None]:
+def needs_package(package: str) -> Iterator[None]:
+    """Imports inside it that fail are a UserError which says what to install."""
     try:
         yield
     except ImportError as error:
-        raise UserError(f"the quickstart's data come from {package}: pip install 'modsquad_ds[quickstart]'") from error
+        raise UserError(f"these data come from {package}: pip install 'modsquad_ds[quickstart]'") from error
 
 
 # ---------------------------------------------------------------- what is held out
