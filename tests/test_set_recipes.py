@@ -1,4 +1,4 @@
-"""The recipes of the many-label benchmarks: sizes counted by hand and held against Mod-Squad's, and what their variants change."""
+"""The recipes of the many-label benchmarks: parameters counted by hand, held against Mod-Squad's; what their variants change."""
 
 from pathlib import Path
 
