@@ -9,7 +9,7 @@ building that trains, what lies right of a gap of 24 pixels one that is held out
 no filter looks across the gap.
 
 Views are crops at random places of the part at up to three scales (`view`: number of the scale; a scale at which a part is
-smaller than a view is left out), so views of a building overlap: 504 train, 132 are held out. Shards are made of this as of the
+smaller than a view is left out), so views of a building overlap: 480 train, 132 are held out. Shards are made of this as of the
 real dataset, by the command `shards taskonomy`.
 """
 
