@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from modsquad_ds.data import photo_labels, photo_scenes
-from modsquad_ds.data.photo_labels import Camera, Mask, Real
+from modsquad_ds.data.photo_labels import Camera, Depth, Real
 from modsquad_ds.data.photo_scenes import GAP, SIDE, Part, build, labels_of, load_scene, part_of, scaled
 from modsquad_ds.errors import UserError
 from modsquad_ds.targets import TARGETS
@@ -26,34 +26,39 @@ def motorcycle() -> Part:
     return load_scene("motorcycle")
 
 
-def surface(depth: Callable[[Real, Real], Real]) -> tuple[Real, Mask]:
+def surface(depth: Callable[[Real, Real], Real], focal: float = 100.0) -> Depth:
     """Depth where each pixel's ray `(x, y, 1)` meets a surface, given as a function of the ray."""
-    rays = CAMERA.rays(48, 64)
+    camera = CAMERA._replace(focal=focal)
+    rays = camera.rays(48, 64)
     metres = depth(rays[..., 0], rays[..., 1])
-    return metres, np.ones_like(metres, dtype=bool)
+    return Depth(metres, np.ones_like(metres, dtype=bool), camera)
 
 
-def sphere(x: Real, y: Real, distance: float = 2.0, radius: float = 1.0, near: bool = True) -> Real:
-    """Depth of the near or far side of a sphere around (0, 0, distance)."""
+def depth_of(part: Part) -> Depth:
+    assert part.depth is not None
+    return part.depth
+
+
+def sphere(x: Real, y: Real, near: bool) -> Real:
+    """Depth of the near or far side of a sphere of radius 1 around (0, 0, 2)."""
     square = x * x + y * y + 1
-    root = np.sqrt(distance**2 - square * (distance**2 - radius**2))
-    return (distance - root if near else distance + root) / square
+    root = np.sqrt(4 - 3 * square)
+    return (2 - root if near else 2 + root) / square
 
 
 # ---------------------------------------------------------------- depth
 
 
 def test_depth_of_the_stereo_pair_is_what_its_calibration_says() -> None:
-    scene = motorcycle()
-    assert scene.metres is not None and scene.valid is not None
-    assert scene.rgb.shape == (500, 741, 3)
-    assert 1 - scene.valid.mean() == pytest.approx(0.0735, abs=5e-5)
-    assert (scene.metres[scene.valid].min(), scene.metres[scene.valid].max()) == pytest.approx((2.110, 5.017), abs=5e-4)
-    raw = photo_labels.raw_depth(scene.metres, scene.valid)
-    assert (raw[scene.valid].min(), raw[scene.valid].max()) == (1081, 2569) and (raw[~scene.valid] == 65535).all()
+    metres, valid, _ = depth_of(motorcycle())
+    assert motorcycle().rgb.shape == (500, 741, 3)
+    assert 1 - valid.mean() == pytest.approx(0.0735, abs=5e-5)
+    assert (metres[valid].min(), metres[valid].max()) == pytest.approx((2.110, 5.017), abs=5e-4)
+    raw = photo_labels.raw_depth(metres, valid)
+    assert (raw[valid].min(), raw[valid].max()) == (1081, 2569) and (raw[~valid] == 65535).all()
     # One pixel by hand: f 994.978 px, baseline 193.001 mm, disparity 40 px plus 31.086 px of offset.
-    metres, valid = photo_labels.depth_from_disparity(np.array([[40.0, np.inf]], np.float32), photo_scenes.MOTORCYCLE)
-    assert metres[0, 0] == pytest.approx(994.978 * 0.193001 / 71.086) and valid.tolist() == [[True, False]]
+    one = photo_labels.depth_from_disparity(np.array([[40.0, np.inf]], np.float32), photo_scenes.MOTORCYCLE)
+    assert one.metres[0, 0] == pytest.approx(994.978 * 0.193001 / 71.086) and one.valid.tolist() == [[True, False]]
 
 
 def test_camera_of_a_cut_and_resized_image_sees_the_same_rays() -> None:
@@ -66,13 +71,11 @@ def test_camera_of_a_cut_and_resized_image_sees_the_same_rays() -> None:
 
 def test_distance_from_the_camera_is_depth_along_the_ray() -> None:
     part = scaled(part_of(motorcycle(), "val"), 0.4)
-    assert part.valid is not None and part.camera is not None
-    labels = labels_of(part)
-    valid, rays = part.valid, part.camera.rays(*part.valid.shape)
-    expected = labels["depth_zbuffer"] * np.linalg.norm(rays, axis=-1)
+    labels, valid = labels_of(part), depth_of(part).valid
+    expected = labels["depth_zbuffer"] * np.linalg.norm(depth_of(part).rays, axis=-1)
     assert np.abs(labels["depth_euclidean"] - expected)[valid].max() < 1.1, "steps of 1/512 m"
     assert (labels["depth_euclidean"][~valid] == 65535).all()
-    assert set(np.unique(part.metres)) <= {0.0, *np.unique(motorcycle().metres)}, "no depth that was not measured"
+    assert set(np.unique(depth_of(part).metres)) <= {*np.unique(depth_of(motorcycle()).metres)}, "no depth that was not measured"
 
 
 # ---------------------------------------------------------------- normals, shading, curvature
@@ -80,55 +83,46 @@ def test_distance_from_the_camera_is_depth_along_the_ray() -> None:
 
 def test_normal_of_a_tilted_plane() -> None:
     # The plane n . p = -2 with n = (0.6, 0, -0.8) meets the ray (x, y, 1) at depth 2 / (0.8 - 0.6 x).
-    metres, valid = surface(lambda x, y: 2 / (0.8 - 0.6 * x))
-    normal = photo_labels.normals(metres, valid, CAMERA)
+    plane = surface(lambda x, y: 2 / (0.8 - 0.6 * x))
+    normal = photo_labels.normals(plane)
     assert np.allclose(normal[INSIDE], (0.6, 0.0, -0.8), atol=2e-3)
-    image = photo_labels.normal_image(normal, valid)
+    image = photo_labels.normal_image(normal, plane.valid)
     assert np.abs(image[INSIDE].astype(int) - (204, 128, 230)).max() <= 1, "to the right and towards the viewer"
     # The light's direction is the ray's, so shading falls where the plane is seen from the side.
-    rays = CAMERA.rays(48, 64)
-    expected = (0.8 - 0.6 * rays[..., 0]) / np.linalg.norm(rays, axis=-1)
-    assert np.allclose(photo_labels.shading(metres, valid, CAMERA)[INSIDE], expected[INSIDE], atol=3e-3)
+    expected = (0.8 - 0.6 * plane.rays[..., 0]) / np.linalg.norm(plane.rays, axis=-1)
+    assert np.allclose(photo_labels.shading(plane)[INSIDE], expected[INSIDE], atol=3e-3)
 
 
 def test_normals_of_the_photograph_face_the_camera_and_are_flipped_with_it() -> None:
-    part = scaled(part_of(motorcycle(), "train"), 0.4)
-    assert part.metres is not None and part.valid is not None and part.camera is not None
-    normal = photo_labels.normals(part.metres, part.valid, part.camera)
-    rays = part.camera.rays(*part.valid.shape)
+    depth = depth_of(scaled(part_of(motorcycle(), "train"), 0.4))
+    normal = photo_labels.normals(depth)
     assert np.allclose(np.linalg.norm(normal, axis=-1), 1)
-    assert (np.sum(normal * rays, axis=-1)[part.valid] < 0).all()
-    width = part.valid.shape[1]
-    mirrored = part.camera._replace(cx=width - 1 - part.camera.cx)
-    flipped = photo_labels.normals(part.metres[:, ::-1], part.valid[:, ::-1], mirrored)
+    assert (np.sum(normal * depth.rays, axis=-1)[depth.valid] < 0).all()
+    mirror = depth.camera._replace(cx=depth.valid.shape[1] - 1 - depth.camera.cx)
+    flipped = photo_labels.normals(Depth(depth.metres[:, ::-1], depth.valid[:, ::-1], mirror))
     # In holes, which of two equally near pixels stands in may differ.
-    assert np.allclose(flipped[:, ::-1][part.valid], normal[part.valid] * (-1, 1, 1), atol=1e-3)
+    assert np.allclose(flipped[:, ::-1][depth.valid], normal[depth.valid] * (-1, 1, 1), atol=1e-3)
 
 
 def test_curvature_of_a_ball_and_of_a_bowl() -> None:
+    # Smoothing by 4 pixels flattens a ball of radius 1 m, seen at 250 pixels per unit, by a few per cent.
     for near, sign in ((True, 1.0), (False, -1.0)):
-        # Smoothing by 4 pixels flattens a ball of radius 1 m, seen at 100 pixels per unit, by a few per cent.
-        metres, valid = surface(lambda x, y, near=near: sphere(0.4 * x, 0.4 * y, near=near))
-        rays = CAMERA._replace(focal=250.0)
-        found = photo_labels.curvatures(metres, valid, rays)[INSIDE]
-        assert np.allclose(found, sign, atol=0.08)
+        found = photo_labels.curvatures(surface(lambda x, y, near=near: sphere(x, y, near), focal=250.0))
+        assert np.allclose(found[INSIDE], sign, atol=0.08)
     image = photo_labels.curvature_image(np.array([[[1 / 0.03, 0.0], [99.0, -99.0]]]), np.array([[True, True]]))
     assert image.tolist() == [[[254, 127, 0], [254, 0, 0]]]
 
 
 def test_curvature_of_a_cylinder_has_one_direction() -> None:
-    camera = Camera(focal=250.0, cx=31.5, cy=23.5)
-    x = camera.rays(48, 64)[..., 0]
-    metres = (2 - np.sqrt(4 - 3 * (x * x + 1))) / (x * x + 1)  # radius 1 around the line x = 0, z = 2
-    found = photo_labels.curvatures(metres, np.ones_like(metres, dtype=bool), camera)[INSIDE]
+    # Radius 1 around the line x = 0, z = 2.
+    cylinder = surface(lambda x, y: (2 - np.sqrt(4 - 3 * (x * x + 1))) / (x * x + 1), focal=250.0)
+    found = photo_labels.curvatures(cylinder)[INSIDE]
     assert np.allclose(found[..., 0], 1.0, atol=0.08) and np.allclose(found[..., 1], 0.0, atol=0.02)
 
 
 def test_holes_have_the_values_of_no_label() -> None:
     part = scaled(part_of(motorcycle(), "train"), 0.4)
-    assert part.valid is not None
-    labels = labels_of(part)
-    hole = ~part.valid
+    labels, hole = labels_of(part), ~depth_of(part).valid
     assert (labels["normal"][hole] == 128).all() and (labels["principal_curvature"][hole] == 0).all()
     assert (labels["reshading"][hole] == 0).all() and (labels["edge_occlusion"][hole] == 0).all()
     assert (labels["reshading"][..., 0] == labels["reshading"][..., 2]).all()
@@ -164,7 +158,7 @@ def test_segments_of_two_colours_and_of_two_depths() -> None:
     ids = photo_labels.segments2d(rgb)
     assert len(np.unique(ids[:, :26])) == len(np.unique(ids[:, 38:])) == 1 and ids[0, 0] != ids[0, -1]
     metres = np.broadcast_to(np.repeat([2.0, 4.0, 3.0, 5.0], 40), (60, 160))
-    ids = photo_labels.segments25d(metres, np.ones_like(metres, dtype=bool), CAMERA)
+    ids = photo_labels.segments25d(Depth(metres, np.ones_like(metres, dtype=bool), CAMERA))
     assert sorted(len(np.unique(ids[:, start + 12 : start + 28])) for start in range(0, 160, 40)) == [1, 1, 1, 1]
     assert len(np.unique(ids[30, 20::40])) == 4
 

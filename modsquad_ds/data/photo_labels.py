@@ -62,14 +62,29 @@ class Camera(NamedTuple):
         return np.stack([(x - self.cx) / self.focal, (y - self.cy) / self.focal, np.ones_like(x)], axis=-1)
 
 
+class Depth(NamedTuple):
+    """What is known of the distance of an image's pixels."""
+
+    metres: Real
+    """`[H, W]` along the optical axis; 0 where it is not known."""
+    valid: Mask
+    camera: Camera
+
+    @property
+    def rays(self) -> Real:
+        """`[H, W, 3]`, see `Camera.rays`."""
+        height, width = self.metres.shape
+        return self.camera.rays(height, width)
+
+
 # ---------------------------------------------------------------- depth and what follows from it
 
 
-def depth_from_disparity(disparity: NDArray[np.float32], camera: Camera) -> tuple[Real, Mask]:
-    """Depth `[H, W]` in metres along the optical axis, f * B / (d + doffs), and where it is known (elsewhere 0)."""
+def depth_from_disparity(disparity: NDArray[np.float32], camera: Camera) -> Depth:
+    """Depth of an image from its disparity, f * B / (d + doffs); disparities that are not finite are holes."""
     valid = np.isfinite(disparity)
     metres = camera.focal * camera.baseline / (np.where(valid, disparity, 1.0).astype(np.float64) + camera.doffs)
-    return np.where(valid, metres, 0.0), valid
+    return Depth(np.where(valid, metres, 0.0), valid, camera)
 
 
 def raw_depth(metres: Real, valid: Mask) -> Words:
@@ -77,27 +92,25 @@ def raw_depth(metres: Real, valid: Mask) -> Words:
     return np.where(valid, np.clip(np.rint(metres / DEPTH_UNIT), 0, DEPTH_HOLE - 1), DEPTH_HOLE).astype(np.uint16)
 
 
-def points(metres: Real, valid: Mask, camera: Camera, sigma: float) -> Real:
+def points(depth: Depth, sigma: float) -> Real:
     """`[H, W, 3]` in metres: the surface behind every pixel, smoothed; holes are bridged by what lies next to them."""
-    return camera.rays(*metres.shape) * _smoothed(metres, valid, sigma)[..., None]
+    return depth.rays * _smoothed(depth.metres, depth.valid, sigma)[..., None]
 
 
-def normals(metres: Real, valid: Mask, camera: Camera) -> Real:
+def normals(depth: Depth) -> Real:
     """Unit normals `[H, W, 3]`, camera frame, all towards the camera: their product with the viewing ray is negative."""
-    surface = points(metres, valid, camera, NORMAL_SIGMA)
-    down, right = np.gradient(surface, axis=(0, 1))
-    return _facing(np.cross(right, down), surface)
+    surface = points(depth, NORMAL_SIGMA)
+    return _facing(np.cross(_gradient(surface, 1), _gradient(surface, 0)), surface)
 
 
-def curvatures(metres: Real, valid: Mask, camera: Camera) -> Real:
+def curvatures(depth: Depth) -> Real:
     """Principal curvatures `[H, W, 2]` in 1/m, the larger first; positive where the surface bulges towards the camera.
 
     From the first and second fundamental form of the surface over the pixel grid.
     """
-    surface = points(metres, valid, camera, CURVATURE_SIGMA)
-    p_v, p_u = np.gradient(surface, axis=(0, 1))
-    p_vv, p_uv = np.gradient(p_v, axis=(0, 1))
-    p_uu = np.gradient(p_u, axis=1)
+    surface = points(depth, CURVATURE_SIGMA)
+    p_v, p_u = _gradient(surface, 0), _gradient(surface, 1)
+    p_vv, p_uv, p_uu = _gradient(p_v, 0), _gradient(p_v, 1), _gradient(p_u, 1)
     normal = _facing(np.cross(p_u, p_v), surface)
     e, f, g = (_dot(a, b) for a, b in ((p_u, p_u), (p_u, p_v), (p_v, p_v)))
     # A bulge bends away from the side that its normal points to.
@@ -109,10 +122,10 @@ def curvatures(metres: Real, valid: Mask, camera: Camera) -> Real:
     return np.stack([mean + spread, mean - spread], axis=-1)
 
 
-def shading(metres: Real, valid: Mask, camera: Camera) -> Real:
+def shading(depth: Depth) -> Real:
     """`[H, W]` in [0, 1]: a matt surface lit by a point at the camera, the cosine between normal and direction to the light."""
-    rays = camera.rays(*metres.shape)
-    return np.clip(-_dot(normals(metres, valid, camera), rays) / np.linalg.norm(rays, axis=-1), 0.0, 1.0)
+    rays = depth.rays
+    return np.clip(-_dot(normals(depth), rays) / np.sqrt(_dot(rays, rays)), 0.0, 1.0)
 
 
 def occlusion_edges(raw: Words) -> Words:
@@ -124,20 +137,21 @@ def occlusion_edges(raw: Words) -> Words:
     return img_as_uint(np.clip(sobel(np.sqrt(raw / 65536.0), mask=known), 0.0, 1.0))
 
 
-def keypoints3d(metres: Real, valid: Mask) -> Words:
+def keypoints3d(depth: Depth) -> Words:
     """`[H, W]`: a stand-in for NARF's interest: largest determinant of the Hessian of log depth over three scales."""
     from skimage.feature import hessian_matrix_det
 
-    log = np.log(_filled(metres, valid))
+    log = np.log(_filled(depth.metres, depth.valid))
     response = np.max([hessian_matrix_det(log, sigma) for sigma in KEYPOINT3D_SIGMAS], axis=0)
     return np.rint(np.clip(response / KEYPOINT3D_FULL, 0.0, 1.0) * 65535).astype(np.uint16)
 
 
-def segments25d(metres: Real, valid: Mask, camera: Camera) -> Bytes:
+def segments25d(depth: Depth) -> Bytes:
     """Ids `[H, W]`: log depth / 16 twice, normals, occlusion edges times 10 -> Felzenszwalb -> normalised cut."""
-    log = np.log(_filled(raw_depth(metres, valid).astype(np.float64), valid)) / 16
-    edges = occlusion_edges(raw_depth(metres, valid)) / 65535.0
-    features = np.concatenate([np.stack([log, log], -1), normals(metres, valid, camera), 10 * edges[..., None]], axis=-1)
+    raw = raw_depth(depth.metres, depth.valid)
+    log = np.log(_filled(raw.astype(np.float64), depth.valid)) / 16
+    edges = occlusion_edges(raw) / 65535.0
+    features = np.concatenate([np.stack([log, log], -1), normals(depth), 10 * edges[..., None]], axis=-1)
     return _segments(features, sigma=0.0, min_size=200, threshold=1.0, cuts=100, max_edge=1.0)
 
 
@@ -204,7 +218,14 @@ def _smoothed(value: Real, valid: Mask, sigma: float) -> Real:
 
 
 def _dot(a: Real, b: Real) -> Real:
-    return np.sum(a * b, axis=-1)
+    product: Real = np.sum(a * b, axis=-1)
+    return product
+
+
+def _gradient(values: Real, axis: int) -> Real:
+    """Change per pixel along rows (axis 0: downwards) or columns (axis 1: to the right)."""
+    change: Real = np.gradient(values, axis=axis)
+    return change
 
 
 def _facing(normal: Real, surface: Real) -> Real:

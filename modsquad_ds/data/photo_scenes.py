@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modsquad_ds.data import photo_labels
-from modsquad_ds.data.photo_labels import Bytes, Camera, Mask, Real
+from modsquad_ds.data.photo_labels import Bytes, Camera, Depth
 from modsquad_ds.data.quickstart import needs_package
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError
@@ -47,12 +47,10 @@ MOTORCYCLE = Camera(focal=994.978, cx=311.193, cy=254.877, baseline=0.193001, do
 
 
 class Part(NamedTuple):
-    """A piece of a scene, and what is known of its depth."""
+    """A piece of a scene."""
 
     rgb: Bytes
-    metres: Real | None = None
-    valid: Mask | None = None
-    camera: Camera | None = None
+    depth: Depth | None = None
 
 
 def build(out: Path, views: Mapping[str, Mapping[str, int]] = VIEWS, scales: tuple[float, ...] = SCALES) -> None:
@@ -103,27 +101,30 @@ def load_scene(name: str) -> Part:
     if name != STEREO:
         return Part(getattr(data, name)())
     left, _, disparity = data.stereo_motorcycle()
-    metres, valid = photo_labels.depth_from_disparity(disparity, MOTORCYCLE)
-    return Part(left, metres, valid, MOTORCYCLE)
+    return Part(left, photo_labels.depth_from_disparity(disparity, MOTORCYCLE))
 
 
 def part_of(scene: Part, split: str) -> Part:
     """The columns of a scene that train, or those that are held out."""
     first = round(TRAIN_SHARE * scene.rgb.shape[1])
     start, stop = (0, first) if split == "train" else (first + GAP, scene.rgb.shape[1])
-    camera = scene.camera.cut(start) if scene.camera else None
-    return Part(*(x if x is None else x[:, start:stop] for x in scene[:3]), camera)
+    if scene.depth is None:
+        return Part(scene.rgb[:, start:stop])
+    metres, valid, camera = scene.depth
+    return Part(scene.rgb[:, start:stop], Depth(metres[:, start:stop], valid[:, start:stop], camera.cut(start)))
 
 
 def scaled(part: Part, factor: float) -> Part:
     """A part as a camera with `factor` times the focal length sees it. Depths are sampled: a mean of two is neither."""
     height, width = (round(side * factor) for side in part.rgb.shape[:2])
     rgb = np.asarray(Image.fromarray(part.rgb).resize((width, height), Image.Resampling.BOX))
-    if part.metres is None or part.valid is None or part.camera is None:
+    if part.depth is None:
         return Part(rgb)
+    metres, valid, camera = part.depth
     rows = ((np.arange(height) + 0.5) * part.rgb.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * part.rgb.shape[1] / width).astype(int)
-    return Part(rgb, part.metres[np.ix_(rows, columns)], part.valid[np.ix_(rows, columns)], part.camera.scaled(factor))
+    places = np.ix_(rows, columns)
+    return Part(rgb, Depth(metres[places], valid[places], camera.scaled(factor)))
 
 
 def labels_of(part: Part) -> dict[str, NDArray[Any]]:
@@ -133,20 +134,20 @@ def labels_of(part: Part) -> dict[str, NDArray[Any]]:
         "keypoints2d": photo_labels.keypoints2d(part.rgb),
         "segment_unsup2d": photo_labels.segments2d(part.rgb),
     }
-    if part.metres is None or part.valid is None or part.camera is None:
+    if part.depth is None:
         return labels
-    metres, valid, camera = part.metres, part.valid, part.camera
-    raw = photo_labels.raw_depth(metres, valid)
-    distance = metres * np.linalg.norm(camera.rays(*metres.shape), axis=-1)
+    depth, valid = part.depth, part.depth.valid
+    raw = photo_labels.raw_depth(depth.metres, valid)
+    distance = depth.metres * np.linalg.norm(depth.rays, axis=-1)
     return labels | {
         "depth_zbuffer": raw,
         "depth_euclidean": photo_labels.raw_depth(distance, valid),
-        "normal": photo_labels.normal_image(photo_labels.normals(metres, valid, camera), valid),
-        "principal_curvature": photo_labels.curvature_image(photo_labels.curvatures(metres, valid, camera), valid),
-        "reshading": photo_labels.grey_image(photo_labels.shading(metres, valid, camera), valid),
+        "normal": photo_labels.normal_image(photo_labels.normals(depth), valid),
+        "principal_curvature": photo_labels.curvature_image(photo_labels.curvatures(depth), valid),
+        "reshading": photo_labels.grey_image(photo_labels.shading(depth), valid),
         "edge_occlusion": photo_labels.occlusion_edges(raw),
-        "keypoints3d": photo_labels.keypoints3d(metres, valid),
-        "segment_unsup25d": photo_labels.segments25d(metres, valid, camera),
+        "keypoints3d": photo_labels.keypoints3d(depth),
+        "segment_unsup25d": photo_labels.segments25d(depth),
     }
 
 
