@@ -12,34 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from modsquad_ds.config import load_recipe
+from modsquad_ds.delta import MEANINGS, Results, compare, read_baseline, read_results
 from modsquad_ds.errors import UserError
-from modsquad_ds.evaluate import Results
 from modsquad_ds.files import write_atomic
-from modsquad_ds.targets import METRICS
-from modsquad_ds.tasks import higher_is_better, metrics_of
 
 MODELS = ("dense", "sparse")
 
 
-def evaluation(run: Path) -> Results:
-    """The metrics that `evaluate` left in a run."""
-    path = run / "evaluation.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run bash tools/multilabel.sh, which trains what is missing")
-    results: Results = json.loads(path.read_bytes())
-    return results
+def runs_of(folder: Path, model: str) -> list[str]:
+    """Runs of a model, one per seed. Raises UserError where there is none."""
+    runs = sorted(str(run) for run in folder.glob(f"{model}-*") if run.is_dir())
+    if not runs:
+        raise UserError(f"{folder}: has no run {model}-...; bash tools/multilabel.sh makes them")
+    return runs
 
 
 def delta_m(results: Results, single: Results) -> float:
-    """Mean relative gain over the models of one task, headline metric of each task, in percent (arXiv 2004.13379, equation 1)."""
-    gains = []
-    for task, spec in load_recipe("photo_scenes").tasks.items():
-        metric = metrics_of(spec)[0]
-        found, alone = results[task][metric], single[task][metric]
-        assert found is not None and alone is not None
-        gains.append((1 if higher_is_better(spec, metric) else -1) * (found - alone) / alone)
-    return 100 * fmean(gains)
+    """Mean relative gain over the models of one task, in percent."""
+    return 100 * fmean(one.gain for one in compare(results, single, "a model of all tasks", "the models of one task"))
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -48,20 +38,19 @@ def spread(values: Sequence[float], digits: int) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def rows(single: Results, runs: Mapping[str, Sequence[Results]]) -> Iterator[str]:
+def rows(single: Results, models: Mapping[str, Sequence[Results]]) -> Iterator[str]:
     """Lines of the Markdown table."""
-    seeds = {model: len(of_model) for model, of_model in runs.items()}
-    yield f"| task | metric | one model per task | {' | '.join(f'{m}, {n} seeds' for m, n in seeds.items())} |"
-    yield "|---|---|--:" + "|--:" * len(runs) + "|"
-    for task, spec in load_recipe("photo_scenes").tasks.items():
-        for metric in metrics_of(spec):
-            row = METRICS[metric]
-            name = f"{metric} ({row.unit}) " if row.unit else f"{metric} "
-            arrow = "higher is better" if row.higher_is_better else "lower is better"
-            found = [spread([results[task][metric] or 0.0 for results in of_model], 3) for of_model in runs.values()]
-            yield f"| {task} | {name}{arrow} | {single[task][metric]:.3f} | {' | '.join(found)} |"
-    gains = [spread([delta_m(results, single) for results in of_model], 2) for of_model in runs.values()]
-    yield f"| **delta-m** | % | 0 | {' | '.join(gains)} |"
+    heads = [f"{model}, {len(results)} seed{'s' if len(results) > 1 else ''}" for model, results in models.items()]
+    yield f"| task | metric | better | one model per task | {' | '.join(heads)} |"
+    yield "|---|---|---|--:" + "|--:" * len(models) + "|"
+    for task, metrics in single.items():
+        for metric, alone in metrics.items():
+            row = MEANINGS[metric]
+            found = [spread([one[task][metric] or 0.0 for one in results], 3) for results in models.values()]
+            name = f"{metric}, {row.unit}" if row.unit else metric
+            yield f"| {task} | {name} | {'more' if row.higher_is_better else 'less'} | {alone:.3f} | {' | '.join(found)} |"
+    gains = [spread([delta_m(one, single) for one in results], 2) for results in models.values()]
+    yield f"| **delta-m** | % | more | 0 | {' | '.join(gains)} |"
 
 
 def main() -> int:
@@ -71,18 +60,16 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1])
     try:
-        single = {task: evaluation(folder / f"single-{task}")[task] for task in load_recipe("photo_scenes").tasks}
-        found = {m: sorted(run.name for run in folder.glob(f"{m}-*") if run.is_dir()) for m in MODELS}
-        if not all(found.values()):
-            raise UserError(f"{folder}: has no runs {' or no runs '.join(f'{m}-SEED' for m in MODELS if not found[m])}")
-        runs = {m: [evaluation(folder / name) for name in names] for m, names in found.items()}
+        single = read_baseline(runs_of(folder, "single"))
+        runs = {model: runs_of(folder, model) for model in MODELS}
+        models = {model: [read_results(run) for run in of_model] for model, of_model in runs.items()}
+        table = "\n".join(rows(single, models))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = "\n".join(rows(single, runs))
     print(table)
-    gains = {m: [delta_m(results, single) for results in of_model] for m, of_model in runs.items()}
-    content = {"single": single, "runs": {m: dict(zip(found[m], runs[m], strict=True)) for m in MODELS}, "delta_m": gains}
+    gains = {model: [delta_m(one, single) for one in results] for model, results in models.items()}
+    content = {"single": single, "runs": {m: dict(zip(runs[m], models[m], strict=True)) for m in MODELS}, "delta_m": gains}
     write_atomic(folder / "table.md", f"{table}\n".encode())
     write_atomic(folder / "table.json", json.dumps(content, indent=1).encode())
     return 0 if fmean(gains["sparse"]) > fmean(gains["dense"]) else 1
