@@ -152,3 +152,10 @@ def test_pascal_context_protocol_is_m3vits() -> None:
     assert {task.head.type for task in recipe.tasks.values()} == {"conv_map"}
     # 512 x 512 pixels are a grid of 32 x 32 patches, so position embeddings are used as they are.
     assert recipe.model.grid * recipe.model.shape.patch == recipe.tasks["edge"].transform.crop[0]
+
+
+def test_models_of_the_photographs_have_one_active_size() -> None:
+    sparse, dense, plain = (counted("photo_scenes", *variant) for variant in ((), ("dense",), ("plain_moe",)))
+    assert all(dense.active[task] == pytest.approx(sparse.active[task], rel=0.05) for task in sparse.active)
+    assert plain.active == sparse.active and sparse.total > 1.3 * dense.total
+    assert set(sparse.heads) == {row.name for row in TASKONOMY} - {"class_object", "class_scene"}
