@@ -195,6 +195,14 @@ def quickstart_data(out: Annotated[Path, typer.Argument(help="Folder for the dat
 
 
 @app.command()
+def photo_scenes(out: Annotated[Path, typer.Argument(help="Folder for the dataset.")]) -> None:
+    """Make a small Taskonomy of photographs with computed labels, eleven of its thirteen tasks, in Taskonomy's layout."""
+    from modsquad_ds.data.photo_scenes import build
+
+    build(out)
+
+
+@app.command()
 def describe(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Parameters of a recipe's network, total and active per task. Needs no memory for them and no data."""
     from modsquad_ds.config import load_recipe

@@ -1,7 +1,7 @@
-"""The recipe: everything a run depends on, typed and strict. Read from YAML, overridden by key=value, saved with the run.
+"""The recipe: everything a run depends on, typed and strict. Checks what recipe_tree.py has read; saved with the run.
 
-A recipe may start from another one (`base: quickstart`) and change only what differs. Values that can be derived from others
-are derived (hidden sizes, head widths), so a recipe states few numbers. Errors name the key's full path.
+Values that can be derived from others are derived (hidden sizes, head widths), so a recipe states few numbers. Errors name
+the key's full path.
 """
 
 import re
@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
@@ -18,10 +17,8 @@ from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
 from modsquad_ds.errors import UserError
 from modsquad_ds.location import DataPlace
 from modsquad_ds.model_spec import ModelSpec
+from modsquad_ds.recipe_tree import read_tree
 from modsquad_ds.tasks import CLASSIFICATION, TASK_KINDS, ImageSet, Strict, TaskSpec, completed_set_task
-
-RECIPES = Path(__file__).parent / "recipes"
-
 
 # ---------------------------------------------------------------- objective, training
 
@@ -245,14 +242,11 @@ class Recipe(Strict):
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A shipped recipe's name or a YAML file, with `key=value` overrides (dotted keys, YAML values).
+    """A shipped recipe's name or a YAML file, with `key=value` overrides (`recipe_tree.read_tree`).
 
     Raises UserError with the file, the key's path, what was expected and, for unknown keys, the nearest known one.
     """
-    tree = _read_tree(recipe, ())
-    for text in overrides:
-        _override(tree, text)
-    return recipe_from_tree(tree, recipe)
+    return recipe_from_tree(read_tree(recipe, overrides), recipe)
 
 
 def recipe_from_tree(tree: Mapping[str, Any], where: str) -> Recipe:
@@ -266,75 +260,6 @@ def recipe_from_tree(tree: Mapping[str, Any], where: str) -> Recipe:
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Plain JSON-able mapping that `recipe_from_tree` turns back into the same recipe."""
     return recipe.model_dump(mode="json")
-
-
-def recipe_file(recipe: str) -> Path:
-    """Path of a shipped recipe's name or of a YAML file. Raises UserError where there is neither."""
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise UserError(f"recipe {recipe}: no such file {path}; give a YAML file or one of: {', '.join(shipped)}")
-    return path
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice in one mapping is a mistake; YAML's own way drops the first in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, its keys checked."""
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_tree(recipe: str, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping of a recipe file, laid over that of its `base:`."""
-    path = recipe_file(recipe)
-    if path.resolve() in seen:
-        raise UserError(f"recipe {path}: its chain of base: recipes leads back to itself; remove one base: key")
-    try:
-        tree = yaml.load(path.read_text(), UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: cannot be read as text ({error}); give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {path}: expected a mapping of keys to values, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    # A file is named as seen from the recipe that names it, wherever the command runs.
-    name = str(path.parent / str(base)) if str(base).endswith((".yaml", ".yml")) else str(base)
-    return _merge(_read_tree(name, (*seen, path.resolve())), tree)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `dotted.key=value` to the tree in place."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {text!r}: expected key=value, e.g. train.steps=100")
-    *path, last = key.split(".")
-    if path == ["init_from"] and isinstance(tree.get("init_from"), str):
-        tree["init_from"] = {"path": tree["init_from"]}  # its short form
-    for depth, part in enumerate(path):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"override {text!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {text!r}: {value!r} is not a YAML value; quote it") from None
 
 
 def _one_line(error: Any) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modsquad_ds.adapt_spec import AdaptSpec, InitSpec
-from modsquad_ds.config import Recipe, UniqueKeys, recipe_from_tree, recipe_to_tree
+from modsquad_ds.config import Recipe, recipe_from_tree, recipe_to_tree
 from modsquad_ds.data.loader_plan import TRAIN, check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import model_path
@@ -21,6 +21,7 @@ from modsquad_ds.location import Location
 from modsquad_ds.model_file import ModelFile, read_model, recipe_on, write_model
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
+from modsquad_ds.recipe_tree import UniqueKeys
 from modsquad_ds.structure import PerKind, structure_of
 from modsquad_ds.surgery import expand as grow
 from modsquad_ds.surgery import experts_of

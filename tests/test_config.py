@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from modsquad_ds.config import RECIPES, ParallelSpec, Recipe, load_recipe, recipe_file, recipe_from_tree, recipe_to_tree
+from modsquad_ds.config import ParallelSpec, Recipe, load_recipe, recipe_from_tree, recipe_to_tree
 from modsquad_ds.errors import UserError
+from modsquad_ds.recipe_tree import RECIPES, recipe_file
 from small import small_recipe, small_tree
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -203,6 +204,75 @@ def test_file_that_is_no_recipe(content: bytes, part: str, tmp_path: Path) -> No
     path.write_bytes(content)
     message = refusal(lambda: load_recipe(str(path)))
     assert message.startswith(f"recipe {path}: ") and part in message
+
+
+# ---------------------------------------------------------------- variants
+
+VARIANTS = {
+    "dense": {"model": {"layout": "dense"}, "loss": {"mutual_information": 0.0}},
+    "slow": {"train": {"steps": 50, "optimizer": {"lr": 1e-4}}},
+    "brief": {"train": {"steps": 3}, "only": ["digits"]},
+}
+
+
+def with_variants(folder: Path, **changes: Any) -> str:
+    return str(write(folder / "mine.yaml", {**small_tree(), "run": "runs/mine", "variants": VARIANTS, **changes}))
+
+
+def test_variant_changes_its_keys_the_name_and_the_folder(tmp_path: Path) -> None:
+    path = with_variants(tmp_path)
+    plain, dense = (recipe_to_tree(load_recipe(path, changes)) for changes in ([], ["variant=dense"]))
+    assert {key for key in plain if plain[key] != dense[key]} == {"name", "run", "model", "loss"}
+    assert (dense["name"], dense["run"]) == ("small-dense", "runs/mine-dense")
+    assert dense["model"]["layout"] == "dense" and dense["model"]["width"] == plain["model"]["width"]
+    assert recipe_from_tree(dense, "copy") == load_recipe(path, ["variant=dense"]), "a variant is a recipe like others"
+
+
+def test_variants_are_laid_over_each_other_in_order_and_overrides_go_before_them(tmp_path: Path) -> None:
+    path = with_variants(tmp_path)
+    recipe = load_recipe(path, ["train.steps=9", "variant=[slow, dense]", "seed=4"])
+    assert (recipe.name, recipe.run) == ("small-slow-dense", Path("runs/mine-slow-dense"))
+    assert (recipe.train.steps, recipe.train.optimizer.lr, recipe.model.layout, recipe.seed) == (9, 1e-4, "dense", 4)
+    assert load_recipe(path, ["variant=[slow, brief]"]).train.steps == 3
+    assert load_recipe(path, ["variant=[brief, slow]"]).train.steps == 50
+    assert load_recipe(path, ["variant=slow", "variant=brief"]).name == "small-brief", "a later override wins"
+    assert load_recipe(path, ["variant=[]"]) == load_recipe(path)
+
+
+def test_name_and_run_that_are_given_stay(tmp_path: Path) -> None:
+    recipe = load_recipe(with_variants(tmp_path), ["run=runs/a", "variant=brief", "name=b"])
+    assert (recipe.name, recipe.run, list(recipe.active)) == ("b", Path("runs/a"), ["digits"])
+
+
+def test_variants_of_the_base_are_inherited_and_merged(tmp_path: Path) -> None:
+    with_variants(tmp_path)
+    own = {"dense": {"loss": {"z_loss": 0.5}}, "slow": None, "long": {"train": {"steps": 99}}}
+    path = str(write(tmp_path / "mine2.yaml", {"base": "mine.yaml", "name": "two", "seed": 3, "variants": own}))
+    dense = load_recipe(path, ["variant=dense"])
+    assert (dense.model.layout, dense.loss.z_loss, dense.loss.mutual_information, dense.seed) == ("dense", 0.5, 0.0, 3)
+    assert dense.name == "two-dense" and load_recipe(path, ["variant=[brief, long]"]).train.steps == 99
+    assert refusal(lambda: load_recipe(path, ["variant=slow"])).endswith("no variant slow; it has brief, dense, long")
+
+
+@pytest.mark.parametrize(
+    ("variants", "override", "part"),
+    [
+        (VARIANTS, "variant=dens", "no variant dens; it has brief, dense, slow"),
+        (VARIANTS, "variant=[dense, Slow]", "no variant Slow; it has brief, dense, slow"),
+        (VARIANTS, "variant={dense: 1}", "no variant {'dense': 1}; it has"),
+        (VARIANTS, "variant=", "no variant None; it has"),
+        (VARIANTS, "variant", "override 'variant': expected key=value"),
+        (None, "variant=dense", "no variant dense; it has no variants:"),
+        ({"dense": {"model": {"layot": "dense"}}}, "variant=dense", "model.layot: unknown key; did you mean layout?"),
+        ({"dense": "small"}, "seed=1", "variants.dense: expected keys and values, found str"),
+        ({"My One": {}}, "seed=1", "variants.My One: use lower-case letters"),
+        (["dense"], "seed=1", "variants: expected names with changes to the recipe, found list"),
+    ],
+)
+def test_mistake_in_variants(variants: Any, override: str, part: str, tmp_path: Path) -> None:
+    path = with_variants(tmp_path, variants=variants)
+    message = refusal(lambda: load_recipe(path, [override]))
+    assert part in message and (message.startswith(f"recipe {path}: ") or override == "variant"), message
 
 
 # ---------------------------------------------------------------- mistakes in values

@@ -15,7 +15,7 @@ PACKAGE = "modsquad_ds"
 # not named by itself; packages of one rung do not import each other. A new module gets its place here.
 RUNGS = (
     ("errors", "location", "targets", "tasks", "files", "signals"),
-    ("model_spec", "adapt_spec"),
+    ("model_spec", "adapt_spec", "recipe_tree"),
     ("config",),
     ("losses", "mmseg_compat", "draw", "draw_maps", "delta", "data.types"),
     ("metrics.*",),
