@@ -1,48 +1,46 @@
 """Prediction: a model file and image files in, drawn pictures and JSON out. Called by cli.py; one process, no ranks.
 
-    OUT/<stem>.png  OUT/<stem>.json  and for segmentation OUT/<stem>_mask.png
+    OUT/<stem>.png  OUT/<stem>.json  OUT/<stem>_mask.png (classes of pixels)  OUT/<stem>_values.npy (numbers of pixels)
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from modsquad_ds import draw
+from modsquad_ds.answers import ANSWERS, Answer
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.collate import Pixels, Ready
+from modsquad_ds.data.collate import Pixels, Ready, assemble
 from modsquad_ds.data.decode import Decoded, DetectionLabel, decode_rgb
+from modsquad_ds.data.set_decode import SetSample
+from modsquad_ds.data.set_transforms import set_eval
 from modsquad_ds.data.transforms import TRANSFORMS
+from modsquad_ds.data.types import SubBatch
 from modsquad_ds.errors import UserError
 from modsquad_ds.evaluate import BATCH_IMAGES, model_path, predict_batch
 from modsquad_ds.files import write_atomic, write_json
-from modsquad_ds.model.heads.base import Prediction
 from modsquad_ds.model_file import network_of, read_model
 from modsquad_ds.parallel.launch import device
-from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, SEGMENTATION
+from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, SEGMENTATION, SetTask, TaskSpec
 
-TOP_CLASSES = 5
-
-
-class Answer(NamedTuple):
-    """What is written about one image."""
-
-    picture: Image.Image
-    facts: dict[str, Any]
-    """The task's part of the JSON."""
-    mask: Image.Image | None = None
-    """Class of every pixel, 8-bit."""
-
+_MAPS = {
+    **dict.fromkeys((SEGMENTATION, "semantic"), "_mask.png"),
+    **dict.fromkeys(("regression", "unit_vectors", "binary", "segments"), "_values.npy"),
+}
+"""Kind -> end of the name of the file with its map."""
 
 class _Prepared(NamedTuple):
     path: Path
     image: Tensor
+    """What the answer is about: the whole picture, or what the network sees of it."""
     ready: Ready
 
 
@@ -66,19 +64,19 @@ def predict(model: Path, images: list[Path], task: str, out: Path) -> None:
         raise UserError(f"task {task!r}: {path} has no such task; its tasks are: {', '.join(recipe.active)}")
     if not images:
         raise UserError("no images given; name at least one image file")
-    kind = recipe.active[task].kind
-    _check_names(images, out, kind)
+    spec = recipe.active[task]
+    _check_names(images, out, spec.kind)
     for image in _followed(images, "check"):
         _decode(image)
     _make_folder(out)
     network = network_of(file, str(path)).to(device()).eval()
-    names, row = file.classes[task], TRANSFORMS[kind]
+    names = file.classes[task]
     with torch.inference_mode():
         for batch in _batches(_prepare(image, recipe, task) for image in _followed(images, f"predict {task}")):
-            sub = row.collate([one.ready for one in batch], [str(one.path) for one in batch], _pixels(recipe))
+            sub = _together(batch, spec, _pixels(recipe))
             for one, prediction in zip(batch, predict_batch(network, task, sub), strict=True):
                 facts = {"image": str(one.path), "task": task, "model": str(path)}
-                _write(out, one.path.stem, facts, ANSWERS[kind](one.image, prediction, names))
+                _write(out, one.path.stem, facts, ANSWERS[spec.kind](one.image, prediction, names, spec))
 
 
 def _followed(images: Sequence[Path], what: str) -> Iterable[Path]:
@@ -91,7 +89,7 @@ def _check_names(images: Sequence[Path], out: Path, kind: str) -> None:
     """UserError if a result would overwrite another image's result, or an image."""
     inputs = {image.resolve(): image for image in images}
     owners: dict[Path, Path] = {}
-    suffixes = (".png", ".json", *(("_mask.png",) if kind == SEGMENTATION else ()))
+    suffixes = (".png", ".json", *((_MAPS[kind],) if kind in _MAPS else ()))
     for image in images:
         for target in (out / f"{image.stem}{suffix}" for suffix in suffixes):
             if target in owners:
@@ -124,8 +122,23 @@ def _decode(path: Path) -> Tensor:
 def _prepare(path: Path, recipe: Recipe, task: str) -> _Prepared:
     """Decode and transform as the task's evaluation does, with an empty label where a shard holds one."""
     spec, image = recipe.active[task], _decode(path)
-    decoded = Decoded(image, _NO_LABEL[spec.kind](image))
-    return _Prepared(path, image, TRANSFORMS[spec.kind].evaluate(decoded, spec.transform, _pixels(recipe)))
+    if not isinstance(spec, SetTask):
+        decoded = Decoded(image, _NO_LABEL[spec.kind](image))
+        return _Prepared(path, image, TRANSFORMS[spec.kind].evaluate(decoded, spec.transform, _pixels(recipe)))
+    try:
+        ready = set_eval(SetSample(image, {}, None), (), spec.transform, _pixels(recipe))
+    except ValueError as error:
+        raise UserError(f"image {path}: {error}") from None
+    ready = ready._replace(meta=ready.meta | {"label": None})
+    return _Prepared(path, ready.image if ready.meta["window"] is None else image, ready)
+
+
+def _together(batch: Sequence[_Prepared], spec: TaskSpec, pixels: Pixels) -> SubBatch:
+    """Images of one canvas as a batch of the task."""
+    ready, keys = [one.ready for one in batch], [str(one.path) for one in batch]
+    if isinstance(spec, SetTask):
+        return assemble(ready, keys, pixels, None, {})
+    return TRANSFORMS[spec.kind].collate(ready, keys, pixels)
 
 
 def _pixels(recipe: Recipe) -> Pixels:
@@ -148,60 +161,15 @@ def _batches(prepared: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:
 
 
 def _write(out: Path, stem: str, facts: dict[str, Any], answer: Answer) -> None:
-    """The picture, the mask and, last, the JSON that names them."""
+    """The picture, the maps and, last, the JSON that names them."""
     write_atomic(out / f"{stem}.png", draw.png(answer.picture))
     facts = facts | answer.facts
     if answer.mask is not None:
         facts["mask"] = f"{stem}_mask.png"
         write_atomic(out / facts["mask"], draw.png(answer.mask))
+    if answer.values is not None:
+        facts["values"] = f"{stem}_values.npy"
+        content = io.BytesIO()
+        np.save(content, answer.values.numpy(), allow_pickle=False)
+        write_atomic(out / facts["values"], content.getvalue())
     write_json(out / f"{stem}.json", facts)
-
-
-# ---------------------------------------------------------------- answers by kind
-
-
-def _class_answer(image_CHW: Tensor, prediction: Prediction, names: Sequence[str]) -> Answer:
-    best = prediction["probabilities"].topk(min(TOP_CLASSES, len(names)))
-    top = [
-        {"class": label, "name": names[label], "probability": value}
-        for value, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    text = f"{top[0]['name']} ({_percent(top[0]['probability'])})"
-    drawn = draw.captioned(draw.picture(image_CHW, draw.enlargement(image_CHW.shape[1:])), text)
-    return Answer(drawn, {"label": top[0]["name"], "top": top})
-
-
-def _box_answer(image_CHW: Tensor, prediction: Prediction, names: Sequence[str]) -> Answer:
-    found = draw.Boxes(prediction["boxes"], prediction["labels"], prediction["scores"])
-    rows = zip(found.boxes.tolist(), prediction["scores"].tolist(), found.labels.tolist(), strict=True)
-    boxes = [{"box": box, "score": score, "class": label, "name": names[label]} for box, score, label in rows]
-    drawn = draw.with_boxes(image_CHW, found, names, draw.enlargement(image_CHW.shape[1:]))
-    shown = sum(box["score"] >= draw.DRAWN_SCORE for box in boxes)
-    drawn = draw.captioned(drawn, f"{shown} of {len(boxes)} boxes score {draw.DRAWN_SCORE} or more")
-    return Answer(drawn, {"boxes": boxes, "box_format": "x1, y1, x2, y2 in pixels"})
-
-
-def _mask_answer(image_CHW: Tensor, prediction: Prediction, names: Sequence[str]) -> Answer:
-    mask_HW = prediction["mask"]
-    counts = mask_HW.flatten().bincount(minlength=len(names))
-    share = [
-        {"class": label, "name": names[label], "share": int(counts[label]) / mask_HW.numel()}
-        for label in counts.argsort(descending=True, stable=True).tolist()
-        if counts[label]
-    ]
-    drawn = draw.with_mask(image_CHW, mask_HW, draw.enlargement(image_CHW.shape[1:]))
-    entries = [(draw.colour_of(row["class"]), f"{row['name']} {_percent(row['share'])}") for row in share]
-    key = draw.legend(entries, max(drawn.width, draw.SMALLEST_SIDE), draw.text_size(max(drawn.size)))
-    return Answer(draw.stacked([drawn, key], gap=4), {"share": share}, Image.fromarray(mask_HW.numpy()))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 else "< 0.1 %"
-
-
-ANSWERS: dict[str, Callable[[Tensor, Prediction, Sequence[str]], Answer]] = {
-    CLASSIFICATION: _class_answer,
-    DETECTION: _box_answer,
-    SEGMENTATION: _mask_answer,
-}
-"""Kind -> (image, prediction, class names) -> what is written."""

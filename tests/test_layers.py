@@ -26,7 +26,7 @@ RUNGS = (
     ("parallel.*",),
     ("checkpoint", "saving", "plan", "runlog", "costs", "trainer", "resume", "stage"),
     ("hardware", "projection", "memory_trace", "memory", "topologies", "step_work", "feasibility", "plan_table"),
-    ("train", "evaluate", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
+    ("train", "evaluate", "answers", "predict", "tables", "report", "usage", "sweep", "extract", "expand", "adapt"),
     ("bench.*",),
     ("cli", "cli_bench", "cli_modular", "cli_plan", "__main__"),
 )

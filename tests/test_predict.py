@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import layouts
-from modsquad_ds.config import Recipe
+from modsquad_ds.config import Recipe, recipe_from_tree
 from modsquad_ds.data.convert import convert
 from modsquad_ds.data.decode import decode_mask
 from modsquad_ds.data.loader_plan import VAL
@@ -21,7 +22,7 @@ from modsquad_ds.model_file import ModelFile, network_of, read_model, write_mode
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.predict import predict
-from small import small_recipe
+from small import small_recipe, small_tree
 
 COUNTS = {"digits": 2, "scenes": 2, "textures": 3}
 CLASSES = {"digits": ["naught", "one"], "scenes": ["cat", "dog"], "textures": ["wall", "sky", "tree"]}
@@ -250,3 +251,52 @@ def test_out_is_a_file(model: Path, image: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     refused(f"out {tmp_path / 'out'}: cannot be made a folder", model, [image], "digits", tmp_path / "out")
     refused("cannot be made a folder", model, [image], "digits", tmp_path / "out" / "below")
+
+
+# ---------------------------------------------------------------- tasks of an image set
+
+SET_TASKS = ("class_scene", "human_parts", "depth_zbuffer", "normal", "sal", "segment_unsup2d")
+
+
+def set_model(path: Path, **transform: Any) -> Path:
+    """A model of one task of every kind."""
+    views = {"data": "views", "batch_size": 4, "transform": {"crop": [32, 48], **transform}}
+    tasks = {name: {"set": "views"} for name in SET_TASKS}
+    recipe = recipe_from_tree(small_tree() | {"sets": {"views": views}, "tasks": tasks}, "views")
+    classes = {name: [f"class {i}" for i in range(recipe.tasks[name].num_classes)] for name in SET_TASKS}
+    write_model(path, ModelFile(recipe, build_network(recipe).state_dict(), classes, ()))
+    return path
+
+
+@pytest.mark.parametrize("task", SET_TASKS)
+def test_a_task_of_a_set_answers_with_a_picture_facts_and_its_map(tmp_path: Path, task: str) -> None:
+    """Scored as the network sees it: the middle of the picture; as stored: all of it."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(photo)
+    for name, transform, size in (("seen", {}, (32, 48)), ("stored", {"resize": [32, 48], "score_at": "original"}, (40, 60))):
+        out = tmp_path / name
+        predict(set_model(tmp_path / f"{name}.safetensors", **transform), [photo], task, out)
+        facts = told(out, "photo")
+        assert facts["task"] == task and Image.open(out / "photo.png").width >= 240
+        if task == "class_scene":
+            assert len(facts["top"]) == 5 and sorted(p.name for p in out.iterdir()) == ["photo.json", "photo.png"]
+        elif task == "human_parts":
+            assert decode_mask((out / facts["mask"]).read_bytes()).shape == size
+            assert sum(row["share"] for row in facts["share"]) == pytest.approx(1)
+        else:
+            values = np.load(out / facts["values"], allow_pickle=False)
+            assert values.dtype == np.float32 and np.isfinite(values).all()
+            channels = {"depth_zbuffer": (1, *size), "normal": (3, *size), "sal": size, "segment_unsup2d": (64, 4, 6)}
+            assert values.shape == channels[task]
+            if task == "depth_zbuffer":
+                assert facts["unit"] == "metres" and facts["most"] == pytest.approx([float(values.max())])
+            if task == "normal":
+                assert np.linalg.norm(values, axis=0) == pytest.approx(np.ones(size), abs=1e-5)
+
+
+def test_an_image_that_a_set_cannot_score_as_stored_is_refused(tmp_path: Path) -> None:
+    photo = tmp_path / "large.png"
+    Image.new("RGB", (100, 100)).save(photo)
+    model = set_model(tmp_path / "model.safetensors", score_at="original")
+    with pytest.raises(UserError, match=r"image .*large.png: the image of 100x100 is larger than transform.crop 32x48"):
+        predict(model, [photo], "normal", tmp_path / "out")
