@@ -129,7 +129,7 @@ def _prepare(path: Path, recipe: Recipe, task: str) -> _Prepared:
         ready = set_eval(SetSample(image, {}, None), (), spec.transform, _pixels(recipe))
     except ValueError as error:
         raise UserError(f"image {path}: {error}") from None
-    ready = ready._replace(meta=ready.meta | {"label": None})
+    ready = ready._replace(meta={name: value for name, value in ready.meta.items() if name != "label"})
     return _Prepared(path, ready.image if ready.meta["window"] is None else image, ready)
 
 

@@ -21,14 +21,16 @@ from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.state import gather_network
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.report import write_pictures
-from modsquad_ds.targets import METRICS, PASCAL_CONTEXT, TASKONOMY
+from modsquad_ds.targets import PASCAL_CONTEXT, TASKONOMY
 from modsquad_ds.tasks import metrics_of
 from modsquad_ds.trainer import build_trainer, train_step
 from ranks import run_ranks
 from small import small_tree
 from test_topology import Curve, assert_same, config_file
 
-LACKING = (("normal", "ackley", 0), ("depth_zbuffer", "ackley", 1), ("depth_euclidean", "ackley", 1), ("class_scene", "bolton", 0))
+LACKING = (
+    ("normal", "ackley", 0), ("depth_zbuffer", "ackley", 1), ("depth_euclidean", "ackley", 1), ("class_scene", "bolton", 0),
+)  # fmt: skip
 """Files of the miniature that are not there, so that steps hold fewer of some tasks' images."""
 
 
@@ -92,7 +94,7 @@ def test_from_files_to_metrics(name: str, taskonomy: Path, pascal: Path, tmp_pat
         assert tuple(results[task]) == metrics_of(spec)
         for metric, value in results[task].items():
             assert value is not None and value >= 0, (task, metric)
-            assert value <= (180 if metric == "mErr" else 130 if metric == "rmse" else 100 if METRICS[metric].unit == "" else 0)
+            assert value <= (180 if metric == "mErr" else 130 if metric == "rmse" else 1000)
     assert results["untrained"].keys() == recipe.tasks.keys()
 
 
@@ -127,7 +129,7 @@ def test_ranks_together_are_one_process(taskonomy: Path, pascal: Path, tmp_path:
 def taken_out(rank: int, world: int, recipe: Recipe, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a whole model and of the part of it that two of its tasks need, all experts kept."""
     train.train(recipe)
-    extract(recipe.run, ["normal", "depth_zbuffer"], out, PruneSpec(min_usage=0.0))
+    extract(recipe.run, ["normal", "depth_zbuffer"], out, PruneSpec(keep_params=1.0))
     return evaluate(recipe.run), evaluate(out)
 
 
