@@ -21,7 +21,7 @@ minutes "1/5 labels from pixels, in Taskonomy's layout, then shards ($data)"
 modsquad photo-scenes "$data"
 for split in train val; do
     [[ -f $data/shards/scenes/$split/index.json ]] || modsquad shards taskonomy "$data/sources" "$data/shards/scenes" \
-        --split "$split" --split-list "$data/sources/split.csv" --targets "$(IFS=,; echo "${tasks[*]}")" --samples-per-shard 32
+        --split "$split" --split-list "$data/sources/split.csv" --targets "$(IFS=,; echo "${tasks[*]}")" --samples-per-shard 64
 done
 if [[ -d $out && "${changes[*]}" != "$(<"$out/changes.txt")" ]]; then rm -rf -- "$out"; fi
 mkdir -p -- "$out"
