@@ -45,15 +45,17 @@ beside() {
 }
 trap 'for job in $(jobs -rp); do kill -- "-$job"; done; exit 130' INT TERM
 
-minutes "2/5 one model for all tasks: sparse and dense, seeds ${seeds[*]} ($out)"
-for seed in "${seeds[@]}"; do
-    beside "sparse-$seed" "seed=$seed"
-    beside "dense-$seed" variant=dense "seed=$seed"
-done
-minutes "3/5 one dense model per task"
+minutes "2/5 one model for all tasks, sparse and dense, and one dense model per task ($out)"
+both() {
+    beside "sparse-$1" "seed=$1"
+    beside "dense-$1" variant=dense "seed=$1"
+}
+both "${seeds[0]}"
 for task in "${tasks[@]}"; do
-    beside "single-$task" variant=dense "only=[$task]"
+    beside "single-$task" variant=dense "only=[$task]" "seed=${seeds[0]}"
 done
+minutes "3/5 other seeds: ${seeds[*]:1}"
+for seed in "${seeds[@]:1}"; do both "$seed"; done
 while (($(jobs -rp | wc -l))); do wait -n || { wait; exit 1; }; done
 
 minutes "4/5 who uses which expert; pictures; two tasks taken out of the sparse model"
