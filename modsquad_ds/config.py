@@ -5,7 +5,7 @@ the key's full path.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -254,7 +254,7 @@ def recipe_from_tree(tree: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError(f"recipe {where}: " + "; ".join(_one_line(e) for e in error.errors())) from None
+        raise UserError(f"recipe {where}: " + "; ".join(map(_one_line, _each_once(error.errors())))) from None
 
 
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -262,12 +262,18 @@ def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
+def _each_once(errors: Sequence[Any]) -> list[Any]:
+    """pydantic's findings, but what every task of an image set takes from it is told of the set alone."""
+    of_sets = [(error["loc"][2:], error["msg"]) for error in errors if error["loc"][:1] == ("sets",)]
+    return [e for e in errors if e["loc"][:1] != ("tasks",) or (e["loc"][3:], e["msg"]) not in of_sets]
+
+
 def _one_line(error: Any) -> str:
     """One of pydantic's findings as `path: what (given ...)`."""
     location = [str(part) for part in error["loc"]]
     path = ".".join(part for i, part in enumerate(location) if not _is_tag(location[:i], part)) or "recipe"
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], sorted(_known_keys()), n=1)
+        near = get_close_matches(location[-1], sorted(_known_keys() - {location[-1]}), n=1)
         return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{path}: missing; this key is required"

@@ -339,18 +339,22 @@ class SetTask(_Images):
 
 def completed_set_task(name: str, given: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
     """A set task's section as it stands in a recipe, with what its image set and its row say. ValueError for unknown ones."""
-    target = given.get("target", name)
-    if target not in TARGETS:
+    target, of_set, own_head = given.get("target", name), given["set"], given.get("head")
+    if not isinstance(target, str) or target not in TARGETS:
         raise ValueError(f"tasks.{name}.target: {target!r} has no row in targets.py, which has {', '.join(TARGETS)}")
-    images = sets.get(given["set"])
+    if not isinstance(of_set, str) or of_set not in sets:
+        raise ValueError(f"tasks.{name}.set: {of_set!r} is not under sets: {', '.join(map(str, sets)) or 'which is empty'}")
+    images = sets[of_set]
     if not isinstance(images, Mapping):
-        raise ValueError(f"tasks.{name}.set: {given['set']!r} is not under sets: {', '.join(sets) or 'which is empty'}")
-    own = [key for key in _OF_SET if key in given and given[key] != images.get(key, given[key])]
+        raise ValueError(f"sets.{of_set}: expected keys and values, found {images!r}")
+    own = [key for key in _OF_SET if key in given and given[key] != images.get(key)]
     if own:
-        raise ValueError(f"tasks.{name}.{own[0]}: is the image set's to say: sets.{given['set']}.{own[0]}")
+        raise ValueError(f"tasks.{name}.{own[0]}: is the image set's to say: sets.{of_set}.{own[0]}")
+    if not isinstance(own_head, Mapping | None):
+        raise ValueError(f"tasks.{name}.head: expected keys and values such as type: conv_map, found {own_head!r}")
     row = TARGETS[target]
     head = {"type": "pooled" if row.kind == "soft_classification" else "patch"}
-    head |= given["head"] if isinstance(given.get("head"), Mapping) else {}
+    head |= own_head or {}
     of_row = {"kind": row.kind, "target": target, "loss": row.loss, "loss_weight": row.loss_weight}
     return of_row | {key: images[key] for key in _OF_SET if key in images} | dict(given) | {"head": head}
 

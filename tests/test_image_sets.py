@@ -68,6 +68,10 @@ def test_a_task_takes_from_its_set_and_its_row_what_it_does_not_say() -> None:
         ({"set": "views", "loss": "l1"}, "tasks.edge: loss l1: kind binary has balanced"),
         ({"set": "views", "head": {"type": "pooled"}}, "tasks.edge: head.type pooled: does not fit kind binary"),
         ({"set": "views", "kind": "regression"}, "tasks.edge: kind regression: target edge is of kind binary"),
+        ({"set": ["views"]}, "tasks.edge.set: ['views'] is not under sets: views"),
+        ({"set": "views", "target": ["edge"]}, "tasks.edge.target: ['edge'] has no row in targets.py"),
+        ({"set": "views", "head": "conv_map"}, "tasks.edge.head: expected keys and values such as type: conv_map, found 'conv_map'"),
+        ({"set": "views", "batch_size_per_rank": 2}, "tasks.edge.batch_size_per_rank: is the image set's to say"),
         ({"set": "views", "lossweight": 1}, "tasks.edge.lossweight: unknown key; did you mean loss_weight?"),
     ],
 )
@@ -75,6 +79,27 @@ def test_what_does_not_fit_is_refused_with_its_key(task: dict[str, Any], message
     with pytest.raises(UserError) as error:
         recipe_from_tree(tree(edge=task), "x")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_a_set_is_told_once_and_not_of_each_task() -> None:
+    def told(**views: Any) -> str:
+        with pytest.raises(UserError) as error:
+            recipe_from_tree(tree() | {"sets": {"views": {"data": "v", "batch_size": 4, **views}}}, "x")
+        return str(error.value)
+
+    assert told(transform={"rotate": 500}) == (
+        "recipe x: sets.views.transform.rotate: Input should be less than or equal to 180 (given 500)"
+    )
+    assert told(batch_size_per_rank=4).count("give exactly one of") == 1
+    with pytest.raises(UserError, match=r"sets\.views: expected keys and values, found 3"):
+        recipe_from_tree(tree() | {"sets": {"views": 3}}, "x")
+
+
+def test_what_a_set_leaves_open_no_task_of_it_may_say() -> None:
+    views = {"views": {"data": "v", "batch_size": 4}}
+    for key, value in (("sampling_weight", 3.0), ("transform", {"crop": [32, 32]})):
+        with pytest.raises(UserError, match=f"tasks.edge.{key}: is the image set's to say: sets.views.{key}"):
+            recipe_from_tree(tree(edge={"set": "views", key: value}) | {"sets": views}, "x")
 
 
 def test_a_set_and_a_task_of_one_name_are_refused() -> None:
