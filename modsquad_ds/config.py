@@ -273,7 +273,8 @@ def _one_line(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     path = ".".join(part for i, part in enumerate(location) if not _is_tag(location[:i], part)) or "recipe"
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], sorted(_known_keys() - {location[-1]}), n=1)
+        known = sorted(_known_keys())
+        near = [] if location[-1] in known else get_close_matches(location[-1], known, n=1)
         return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{path}: missing; this key is required"

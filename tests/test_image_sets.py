@@ -95,6 +95,12 @@ def test_what_is_wrong_with_a_set_is_told_once_and_not_of_each_task() -> None:
         recipe_from_tree(tree() | {"sets": {"views": 3}}, "x")
 
 
+def test_a_key_of_another_section_is_not_proposed_again() -> None:
+    with pytest.raises(UserError) as error:
+        recipe_from_tree(tree(edge={"set": "views", "num_classes": 1}), "x")
+    assert str(error.value) == "recipe x: tasks.edge.num_classes: unknown key"
+
+
 def test_what_a_set_leaves_open_no_task_of_it_may_say() -> None:
     views = {"views": {"data": "v", "batch_size": 4}}
     for key, value in (("sampling_weight", 3.0), ("transform", {"crop": [32, 32]})):
