@@ -125,6 +125,9 @@ def test_semantic_segments_are_for_those_who_ask(tmp_path: Path) -> None:
     name = change(src, "segment_semantic", ("ackley", 2), lambda _: file_bytes(np.full((HEIGHT, WIDTH), 18, np.uint8)))
     with pytest.raises(UserError, match=rf"{name}: holds the value 18, expected 0\.\.17"):
         shards(src, tmp_path / "again", targets=("segment_semantic",))
+    change(src, "segment_semantic", ("ackley", 2), lambda _: file_bytes(np.zeros((HEIGHT, WIDTH), np.uint8)))
+    with pytest.raises(UserError, match=f"{place('rgb', 'ackley', 2)}: no target is left of this view: nothing on it is labelled"):
+        shards(src, tmp_path / "again", targets=("segment_semantic",))
 
 
 # ---------------------------------------------------------------- what is masked
@@ -163,6 +166,21 @@ def test_masked_targets_without_a_valid_pixel_are_not_written(tmp_path: Path) ->
     (src / place("edge_texture", "bolton", 0)).unlink()
     with pytest.raises(BadSampleError, match="no target is left of this view: it has no pixel of valid depth"):
         members()
+
+
+def test_a_depth_without_depths_is_not_written(tmp_path: Path) -> None:
+    src, members = mask_case(tmp_path, "normal", "depth_zbuffer", "depth_euclidean")
+    change(src, "depth_euclidean", ("bolton", 0), lambda _: file_bytes(np.full((HEIGHT, WIDTH), 65535, np.uint16)))
+    assert sorted(members()) == ["depth_zbuffer.png", "normal.png", "png", "valid.png"]
+
+
+def test_a_depth_that_is_neither_asked_for_nor_needed_is_not_read(tmp_path: Path) -> None:
+    src, _ = mask_case(tmp_path)
+    change(src, "depth_euclidean", ("bolton", 0), files.truncated)
+    source = listed(src, "normal")
+    (sample,) = [sample for sample in source.samples if sample.key == key("bolton", 0)]
+    encoded = encode(sample, src, source.labels)
+    assert sorted(encoded.members) == ["normal.png", "png", "valid.png"] and not encoded.bad
 
 
 def test_a_set_without_masked_targets_has_no_mask(tmp_path: Path) -> None:
@@ -340,6 +358,7 @@ def test_views_and_buildings_that_are_not_there(tmp_path: Path) -> None:
         (b"id,train,val,test\na,1,0,0\n\nb,0,1,0\na,0,0,1\n", r", line 5: building 'a' is in line 2 already"),
         (b"id,train,val,test\r\xff,1,0,0\r", r": not UTF-8 text at byte 18"),
         (b"id,train,val,test\ra,0,1,0\r", r": has no building of split 'train'"),
+        (split_csv({"rough": "train", "bolton": "val"}), r": has only buildings of split 'train' that are not read: rough \(some"),
     ],
 )
 def test_split_lists_that_are_none(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -362,6 +381,8 @@ def test_what_is_missing_is_named_with_a_way_out(tmp_path: Path) -> None:
     refused(r"^--split-list is missing: taskonomy needs one of tiny, medium, full, fullplus, or a CSV file", None, *FEW)
     refused(r"train_val_test_medium.csv does not exist: unpack Taskonomy's splits_taskonomy.zip there", "medium", *FEW)
     refused(r"^split list some.csv does not exist: expected a CSV file, or one of tiny, medium, ", "some.csv", *FEW)
+    refused(rf"^split list {src} is a folder: expected a CSV file", str(src), *FEW)
+    refused(r"^cannot read x{300}: File name too long: taskonomy at .*src is not listed", "x" * 300, *FEW)
     refused(r"^--split-list is for layout taskonomy: leave it out for imagenet", "tiny", layout="imagenet")
     (src / "depth_zbuffer").rename(src / "elsewhere")
     refused(r"depth_zbuffer/taskonomy does not exist: by it alone is known where normal mean something: fetch", "tiny", "normal")

@@ -46,7 +46,7 @@ LAYOUTS: dict[str, Layout] = {
 def read_source(layout: str, src: Path, split: str, options: Options = NO_OPTIONS) -> Source:
     """List `split` of the dataset at `src`.
 
-    UserError if the layout is unknown, does not take one of the options, or is not what lies at `src`.
+    UserError if the layout is unknown, does not take one of the options, is not what lies at `src`, or cannot be read.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -56,7 +56,10 @@ def read_source(layout: str, src: Path, split: str, options: Options = NO_OPTION
             raise UserError(f"--{name.replace('_', '-')} is for layout {takers}: leave it out for {layout}")
     if not src.is_dir():
         raise UserError(f"source folder {src} does not exist: give the folder that holds the {layout} dataset")
-    return LAYOUTS[layout].read(src, split, options)
+    try:
+        return LAYOUTS[layout].read(src, split, options)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or src}: {error.strerror}: {layout} at {src} is not listed") from error
 
 
 def encode(sample: Sample, root: Path, labels: Labels) -> Encoded:

@@ -1,6 +1,6 @@
 """Checks and members of one sample of an image set: its image and its targets' files -> bytes for the shard.
 
-    label file -> `target_member`: checked to its end -> the bytes as they are (PNG) or float32 scores (`.npy`)
+    label file -> `read_map`, `read_scores`: checked to its end -> the bytes as they are (PNG), float32 probabilities (`.npy`)
 
 The layouts (`taskonomy.py`, `pascal_context.py`) say which files belong to a sample; whatever is wrong with one target's file
 leaves that target out, and is listed beside the members, while the image stays with its other targets.

@@ -17,7 +17,7 @@ from modsquad_ds.data.set_samples import Encoded, chosen_targets, classes_from_o
 from modsquad_ds.data.sources import Options, Source, _files, _usable
 from modsquad_ds.data.target_files import mask_png
 from modsquad_ds.errors import UserError
-from modsquad_ds.targets import DEPTH_HOLE, TARGETS, TASKONOMY, TASKONOMY_MORE, VALID_FIELD
+from modsquad_ds.targets import DEPTH_HOLE, TARGETS, TASKONOMY, TASKONOMY_MORE, VALID_FIELD, Target
 from modsquad_ds.tasks import MULTILABEL
 
 SPLIT_LISTS = ("tiny", "medium", "full", "fullplus")
@@ -56,6 +56,9 @@ def read_taskonomy(src: Path, split: str, options: Options) -> Source:
     wanted = {building: line for building, (of, line) in listed.items() if of == split}
     if not wanted:
         raise UserError(f"{path}: has no building of split {split!r}: expected one of {', '.join(SPLITS)}")
+    if not wanted.keys() - FORBIDDEN:
+        reasons = ", ".join(f"{building} ({FORBIDDEN[building]})" for building in sorted(wanted))
+        raise UserError(f"{path}: has only buildings of split {split!r} that are not read: {reasons}")
     below = "taskonomy/" if (src / "rgb/taskonomy").is_dir() else ""
     depths = _check_folders(src, below, targets)
     views = _Views(src, below, targets, depths)
@@ -83,7 +86,7 @@ def list_path(src: Path, name: str | None) -> Path:
     path = src / f"splits_taskonomy/train_val_test_{name}.csv" if published else Path(name)
     if not path.is_file():
         way = "unpack Taskonomy's splits_taskonomy.zip there" if published else f"expected a CSV file, or one of {known}"
-        raise UserError(f"split list {path} does not exist: {way}")
+        raise UserError(f"split list {path} {'is a folder' if path.is_dir() else 'does not exist'}: {way}")
     return path
 
 
@@ -202,7 +205,8 @@ def view_members(sample: Sample, root: Path) -> Encoded:
     """Read and check one view completely: its image, its targets, and `valid.png` if some of these are masked.
 
     PNG files are stored as they are. Masked targets are not written, as if there were no files, where no depth says which of
-    their pixels mean something, and where none does. BadSampleError if the image is bad or no target is left.
+    their pixels mean something, and where none does; nor are depths without any, and semantic segments without a class.
+    BadSampleError if the image is bad or no target is left.
     """
     targets, _ = sample.label
     image = read_image(root, sample.image)
@@ -210,7 +214,8 @@ def view_members(sample: Sample, root: Path) -> Encoded:
     shown = valid is not None and bool(valid.any())
     kept = [row for row in (TARGETS[name] for name in targets) if row.name in labels and (shown or not row.masked)]
     if not kept:
-        without = "it has no depth, by which its targets are judged" if valid is None else "it has no pixel of valid depth"
+        judged = "it has no depth, by which its targets are judged" if valid is None else "it has no pixel of valid depth"
+        without = judged if any(TARGETS[name].masked for name in targets) else "nothing on it is labelled"
         reason = "; ".join(map(str, bad)) or without
         raise BadSampleError(sample.image, f"no target is left of this view: {reason}")
     members = {IMAGE_EXTENSIONS[Path(sample.image).suffix]: image.data} | {row.field: labels[row.name] for row in kept}
@@ -220,25 +225,36 @@ def view_members(sample: Sample, root: Path) -> Encoded:
 
 
 def _labels(sample: Sample, root: Path, size: Size) -> tuple[dict[str, bytes], Tensor | None, list[BadSample]]:
-    """Bytes of each target and depth that is good, where its depth is valid (bool `[H, W]`; None without), and the bad files."""
+    """Bytes of each target and depth that says something, where depth is valid (bool `[H, W]`; None without), and the bad files."""
     targets, depths = sample.label
     labels: dict[str, bytes] = {}
     bad: list[BadSample] = []
     valid = None
     for name in dict.fromkeys((*depths, *targets)):
         row, file = TARGETS[name], _file_of(sample, name)
+        if valid is not None and name not in targets:
+            continue  # another depth said it already
         try:
             if row.stored == "npy":
                 labels[name] = read_scores(root, file, row)
                 continue
             data, values = read_map(root, file, row, size)
-            labels[name] = classes_from_one(values, file, row) if row.kind == "semantic" else data
+            data = classes_from_one(values, file, row) if row.kind == "semantic" else data
         except BadSampleError as error:
             bad.append(error.bad)
-        else:
-            if name in depths and valid is None:
-                valid = values[0] != DEPTH_HOLE
+            continue
+        if name in depths and valid is None:
+            valid = values[0] != DEPTH_HOLE
+        if _says_something(values, row):
+            labels[name] = data
     return labels, valid, bad
+
+
+def _says_something(values: Tensor, row: Target) -> bool:
+    """Whether any pixel of a map does: of semantic segments one that has a class, of depths one that is no hole."""
+    if row.kind == "semantic":
+        return bool(values.any())
+    return row.metres is None or bool((values != DEPTH_HOLE).any())
 
 
 def _file_of(sample: Sample, task: str) -> str:
