@@ -70,7 +70,7 @@ def test_a_task_takes_from_its_set_and_its_row_what_it_does_not_say() -> None:
         ({"set": "views", "kind": "regression"}, "tasks.edge: kind regression: target edge is of kind binary"),
         ({"set": ["views"]}, "tasks.edge.set: ['views'] is not under sets: views"),
         ({"set": "views", "target": ["edge"]}, "tasks.edge.target: ['edge'] has no row in targets.py"),
-        ({"set": "views", "head": "conv_map"}, "tasks.edge.head: expected keys and values such as type: conv_map, found 'conv_map'"),
+        ({"set": "views", "head": "conv_map"}, "tasks.edge.head: expected keys and values such as type: conv_map, found"),
         ({"set": "views", "batch_size_per_rank": 2}, "tasks.edge.batch_size_per_rank: is the image set's to say"),
         ({"set": "views", "lossweight": 1}, "tasks.edge.lossweight: unknown key; did you mean loss_weight?"),
     ],

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from modsquad_ds.data.decode import IGNORE_INDEX
 from modsquad_ds.data.types import Finish, SubBatch
-from modsquad_ds.tasks import Size
+from modsquad_ds.tasks import IGNORE_INDEX, Size
 
 _HUGE = 32 * 2**20
 """Bytes from which the C library returns memory to the kernel as soon as it is freed, so that every batch is fresh."""

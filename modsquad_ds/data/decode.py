@@ -21,12 +21,10 @@ from torchvision.transforms.v2 import functional as F
 from modsquad_ds.data.png_check import SIGNATURE, check_png
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
-from modsquad_ds.tasks import CLASSIFICATION, DETECTION, KINDS, SEGMENTATION
+from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, KINDS, SEGMENTATION
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif")
 """Members of a sample that can hold its image; exactly one is there."""
-IGNORE_INDEX = 255
-"""Value of a mask's pixels that belong to no class."""
 _BOX_FIELDS = ("image_id", "height", "width", "boxes", "labels", "iscrowd", "area", "ids")
 
 # Since 0.29 torchvision announces, once per process, that image decoding will move to another package one day.

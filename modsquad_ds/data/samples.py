@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from modsquad_ds.data.decode import IGNORE_INDEX, decode_mask, decode_rgb
+from modsquad_ds.data.decode import decode_mask, decode_rgb
 from modsquad_ds.data.png_check import SIGNATURE, check_png
-from modsquad_ds.tasks import CLASSIFICATION, DETECTION, KINDS, SEGMENTATION
+from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, KINDS, SEGMENTATION
 
 IMAGE_EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".gif": "gif"}
 """Extension of an image file (lower case) -> name of its member in a shard."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modsquad_ds.data.decode import IGNORE_INDEX
 from modsquad_ds.data.samples import IMAGE_EXTENSIONS, BadSample, CocoRecord, Labels, Sample, key_problem
 from modsquad_ds.errors import UserError
-from modsquad_ds.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
+from modsquad_ds.tasks import CLASSIFICATION, DETECTION, IGNORE_INDEX, SEGMENTATION
 
 UNREAD_IMAGES = (".avif", ".bmp", ".heic", ".jp2", ".ppm", ".tif", ".tiff")
 """Picture files that are reported as bad, where other files (README, .DS_Store) are passed over."""

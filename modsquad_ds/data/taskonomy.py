@@ -225,7 +225,7 @@ def view_members(sample: Sample, root: Path) -> Encoded:
 
 
 def _labels(sample: Sample, root: Path, size: Size) -> tuple[dict[str, bytes], Tensor | None, list[BadSample]]:
-    """Bytes of each target and depth that says something, where depth is valid (bool `[H, W]`; None without), and the bad files."""
+    """Bytes of each target and depth that says something, where depth is valid (bool `[H, W]`; None: unknown), bad files."""
     targets, depths = sample.label
     labels: dict[str, bytes] = {}
     bad: list[BadSample] = []

@@ -31,12 +31,13 @@ from modsquad_ds.data.collate import (
     fill,
     pad,
 )
-from modsquad_ds.data.decode import IGNORE_INDEX, Decoded, DetectionLabel
+from modsquad_ds.data.decode import Decoded, DetectionLabel
 from modsquad_ds.data.order import derive_seed
 from modsquad_ds.data.photometric import PhotometricDistort
 from modsquad_ds.tasks import (
     CLASSIFICATION,
     DETECTION,
+    IGNORE_INDEX,
     SEGMENTATION,
     ClassificationTransform,
     DetectionTransform,
