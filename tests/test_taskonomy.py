@@ -203,7 +203,7 @@ DEFECTS: dict[tuple[str, tuple[str, int]], tuple[Callable[[bytes], bytes], str]]
         files.half_size,
         "has 20x16 pixels (width x height), its image has 40x32",
     ),
-    ("class_object", ("ackley", 1)): (lambda _: npy(np.ones(365)), ".npy of shape (365,), expected 1000 scores"),
+    ("class_object", ("ackley", 1)): (lambda _: files.npy(np.ones(365)), ".npy of shape (365,), expected 1000 scores"),
     ("segment_unsup2d", ("bolton", 1)): (lambda _: b"", "empty (0 bytes)"),
     ("rgb", ("bolton", 0)): (files.broken_crc, "does not decode: damaged (chunk 'IDAT' at byte 33 differs from its CRC)"),
 }
