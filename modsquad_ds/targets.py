@@ -55,7 +55,7 @@ class Scale:
     clip: bool = False
     """Raw numbers beyond `low` and `high` count as these."""
     blur: float = 0.0
-    """Standard deviation, in pixels of the stored map, of the Gaussian that a map is smoothed with first."""
+    """Standard deviation of the Gaussian that a map is smoothed with first, as a share of the map's shorter side."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ TASKONOMY: tuple[Target, ...] = (
     Target("class_scene", "soft_classification", 365, "npy", "mse", ("top1",)),
     Target("depth_euclidean", "regression", 1, "grey16", "l1", ("rmse", "delta1"), True, _DEPTH, metres=DEPTH_UNIT),
     Target("depth_zbuffer", "regression", 1, "grey16", "l1", ("rmse", "delta1"), True, _DEPTH, metres=DEPTH_UNIT),
-    _map("edge_occlusion", 1, "grey16", _full(0.00625 * 65535, blur=4.0), masked=True),
+    # Both papers' code blurs by 4 pixels after resizing to 256 x 256.
+    _map("edge_occlusion", 1, "grey16", _full(0.00625 * 65535, blur=4 / 256), masked=True),
     _map("edge_texture", 1, "grey16", _full(0.08 * 65535, clip=True), masked=False),
     _map("keypoints2d", 1, "grey16", _full(0.005 * 65535, clip=True), masked=False),
     _map("keypoints3d", 1, "grey16", _full(65535.0), masked=True),

@@ -202,7 +202,7 @@ def _prepare(values: Tensor, row: Target, valid: Tensor | None, zoom: float) -> 
     if row.kind == "regression":
         scale = scale_of(row)
         if scale.blur:
-            _blur(values, valid, scale.blur)
+            _blur(values, valid, scale.blur * min(values.shape[-2:]))
         if row.metres is not None and zoom != 1:
             values.div_(zoom)
         if scale.clip:
