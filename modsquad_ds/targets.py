@@ -135,7 +135,7 @@ TASKONOMY: tuple[Target, ...] = (
     Target("class_scene", "soft_classification", 365, "npy", "mse", ("top1",)),
     Target("depth_euclidean", "regression", 1, "grey16", "l1", ("rmse", "delta1"), True, _DEPTH, metres=DEPTH_UNIT),
     Target("depth_zbuffer", "regression", 1, "grey16", "l1", ("rmse", "delta1"), True, _DEPTH, metres=DEPTH_UNIT),
-    # Both papers' code blurs by 4 pixels after resizing to 256 x 256.
+    # Taskonomy's code and Mod-Squad's blur by 4 pixels, after resizing to 256 x 256.
     _map("edge_occlusion", 1, "grey16", _full(0.00625 * 65535, blur=4 / 256), masked=True),
     _map("edge_texture", 1, "grey16", _full(0.08 * 65535, clip=True), masked=False),
     _map("keypoints2d", 1, "grey16", _full(0.005 * 65535, clip=True), masked=False),
