@@ -1,5 +1,6 @@
 """The loader meets an image set: decoding, batches that do not depend on the number of ranks, evaluation of one of its tasks."""
 
+import pickle
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -391,3 +392,8 @@ def test_from_a_datasets_files_to_batches(tmp_path: Path) -> None:
     depth = next(iter(eval_batches(real, "depth_zbuffer", "val", 16))).meta[0]["label"]
     # The hole is columns 10 to 19 of rows 0 to 4; the canvas begins at column 4.
     assert not depth["valid"][:5, 6:16].any() and int(depth["valid"].sum()) == 32 * 32 - 50
+    two = replace(real, tasks={name: tasks[name] for name in ("class_scene", "normal")})
+    assert sorted(two.store("normal", "val").read(0, 0).fields) == ["normal.png", "png", "valid.png"]  # nothing else is read
+    for store in (two.train_store("normal"), pickle.loads(pickle.dumps(two.train_store("normal")))):
+        read = {field for shard in range(3) for field in store.read(shard, 0).fields}
+        assert read == {"class_scene.npy", "normal.png", "png", "valid.png"}

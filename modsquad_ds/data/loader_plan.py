@@ -13,6 +13,7 @@ from modsquad_ds.data.transforms import eval_resize
 from modsquad_ds.data.types import RawSample
 from modsquad_ds.errors import UserError
 from modsquad_ds.location import Location
+from modsquad_ds.targets import VALID_FIELD
 from modsquad_ds.tasks import (
     MULTILABEL,
     ClassificationTransform,
@@ -105,14 +106,21 @@ class LoaderPlan:
         """Shard folder of a task's split, or its URL."""
         return self.root / self.tasks[task].data / split
 
-    def store(self, task: str, split: str, open_shards: int = IN_ORDER) -> SampleStore:
-        """The samples of a task's split, of which so many shards stay open."""
-        folder = self.folder(task, split)
-        return ShardSet(folder, open_shards, self.cache) if self.open_store is ShardSet else self.open_store(folder)
+    def store(self, task: str, split: str) -> SampleStore:
+        """The samples of a task's split; of an image set's labels only the task's own is read."""
+        return self._open(task, split, IN_ORDER, (task,))
 
     def train_store(self, task: str) -> SampleStore:
-        """A task's training samples. Shards of two windows stay open, since a batch can lie across their border."""
-        return self.store(task, TRAIN, open_shards=2 * self.shuffle_window)
+        """The training samples of a task's stream. Shards of two windows stay open: a batch can lie across their border."""
+        return self._open(task, TRAIN, 2 * self.shuffle_window, self.streams[self.tasks[task].stream or task])
+
+    def _open(self, task: str, split: str, open_shards: int, readers: Sequence[str]) -> SampleStore:
+        folder = self.folder(task, split)
+        if self.open_store is not ShardSet:
+            return self.open_store(folder)
+        rows = [spec.row for spec in map(self.tasks.__getitem__, readers) if isinstance(spec, SetTask)]
+        labels = frozenset({VALID_FIELD, *(row.field for row in rows)}) if rows else None
+        return ShardSet(folder, open_shards, self.cache, labels=labels)
 
     def step_images(self, task: str) -> int:
         """Images of `task` in one of its optimizer steps, over all ranks and micro-batches."""

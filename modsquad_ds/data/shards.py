@@ -15,7 +15,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,15 +253,21 @@ class ShardSet:
     """
 
     def __init__(
-        self, folder: Location, open_shards: int = 16, cache: CacheSpec = DEFAULT_CACHE, index: Index | None = None
+        self,
+        folder: Location,
+        open_shards: int = 16,
+        cache: CacheSpec = DEFAULT_CACHE,
+        index: Index | None = None,
+        labels: frozenset[str] | None = None,
     ) -> None:
         """UserError for a missing folder, a wrong format, a missing shard or one whose size is not the index's.
 
         Args:
             cache: how files below a URL are kept.
             index: what a URL's index.json says, where another process has read it already.
+            labels: fields that `read` brings besides the image, where a sample has them; None: all.
         """
-        self.folder, self.open_shards, self.cache = folder, open_shards, cache
+        self.folder, self.open_shards, self.cache, self.labels = folder, open_shards, cache, labels
         files = _Fetched(folder, cache) if isinstance(folder, Url) else _Folder(Path(folder))
         self.index = files.index() if index is None else index
         self.kind, self.classes, self.details = self.index.kind, self.index.classes, self.index.details
@@ -277,23 +283,22 @@ class ShardSet:
             self._ahead = FetchAhead(functools.partial(files.bring, self.index.shards))
 
     def __reduce__(self) -> tuple[type["ShardSet"], tuple[Any, ...]]:
-        if isinstance(self.folder, Url):
-            return ShardSet, (self.folder, self.open_shards, self.cache, self.index)
-        return ShardSet, (self.folder, self.open_shards)
+        index = self.index if isinstance(self.folder, Url) else None
+        return ShardSet, (self.folder, self.open_shards, self.cache, index, self.labels)
 
     def __len__(self) -> int:
         return self.index.num_samples
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """The sample at place `sample` of shard number `shard`, complete, with its label and exactly one image.
+        """The sample at place `sample` of shard number `shard`, complete but for labels that are not read.
 
-        UserError naming shard and key otherwise; IndexError for a place that does not exist.
+        UserError naming shard and key unless it has a label and exactly one image; IndexError for a place that does not exist.
         """
         opened = self._open(self.index.shards[shard])
         key, places = opened.members[sample]
-        fields = {field: _pread(opened, key, field, *place) for field, place in places.items()}
-        self._check_fields(opened.path, key, fields)
-        return RawSample(key, fields, opened.path)
+        self._check_fields(opened.path, key, places)
+        wanted = places.keys() if self.labels is None else [f for f in places if f in self.labels or f in IMAGE_FIELDS]
+        return RawSample(key, {field: _pread(opened, key, field, *places[field]) for field in wanted}, opened.path)
 
     def fields(self, shard: int, sample: int) -> frozenset[str]:
         """Names of a sample's members, for which only the tar's index is read."""
@@ -319,7 +324,7 @@ class ShardSet:
         known = self.index.model_dump(mode="json", include={"kind", "classes", "shards"})
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
-    def _check_fields(self, path: str, key: str, fields: dict[str, bytes]) -> None:
+    def _check_fields(self, path: str, key: str, fields: Collection[str]) -> None:
         place = f"shard {path}, key {key!r}"
         if self._label_fields.isdisjoint(fields):
             label = f"label {min(self._label_fields)!r}" if self.kind in KINDS else "target"
