@@ -6,6 +6,7 @@ Errors are ValueError with a reason; who calls knows the file.
 
 import io
 import math
+import tokenize
 import warnings
 
 import numpy as np
@@ -71,7 +72,7 @@ def read_npy(data: bytes) -> np.ndarray:
             raise ValueError(f"version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(content)
-    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"not a .npy file ({str(error).splitlines()[0]:.80})" if data else "empty (0 bytes)") from error
     if dtype.hasobject or dtype.kind not in "fiu":
         raise ValueError(f".npy of {'pickled objects' if dtype.hasobject else dtype}, expected numbers")
