@@ -24,6 +24,8 @@ _FORMATS: dict[Stored, tuple[tuple[int, int], ...]] = {
     "grey8_or_rgb8": ((8, GREY), (8, RGB)),
 }
 """How a map may be stored -> (bit depth, colour type) of its PNG. A palette's indices are the values."""
+# What numpy, and Python's parser behind it, raise for the text of a header, which is 10,000 bytes at most.
+_NO_HEADER = (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError, tokenize.TokenError)
 _NAMES = {(8, GREY): "8-bit grey", (8, PALETTE): "8-bit palette", (16, GREY): "16-bit grey", (8, RGB): "8-bit RGB"}
 # Like data.decode, which this module must not import: torchvision announces a move of its decoders once per process.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
@@ -72,8 +74,9 @@ def read_npy(data: bytes) -> np.ndarray:
             raise ValueError(f"version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(content)
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, tokenize.TokenError) as error:
-        raise ValueError(f"not a .npy file ({str(error).splitlines()[0]:.80})" if data else "empty (0 bytes)") from error
+    except _NO_HEADER as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"not a .npy file ({reason:.80})" if data else "empty (0 bytes)") from error
     if dtype.hasobject or dtype.kind not in "fiu":
         raise ValueError(f".npy of {'pickled objects' if dtype.hasobject else dtype}, expected numbers")
     needed, found = math.prod(shape) * dtype.itemsize, len(data) - content.tell()
