@@ -85,6 +85,7 @@ def test_a_palette_gives_its_places() -> None:
         (file_bytes(GREY), "rgb8", "PNG of 8-bit grey, expected 8-bit RGB"),
         (file_bytes(COLOUR), "grey8", "PNG of 8-bit RGB, expected 8-bit grey or 8-bit palette"),
         (file_bytes(np.dstack([COLOUR, GREY])), "rgb8", "PNG of bit depth 8, colour type 6, expected 8-bit RGB"),
+        (png(zlib.compress(ROWS), colour=3), "grey8", "does not decode: Internal error."),  # a palette's places without it
         (b"", "grey8", r"empty \(0 bytes\)"),
         (b"GIF89a" + bytes(60), "grey8", "not a PNG file"),
     ],

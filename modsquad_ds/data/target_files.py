@@ -44,7 +44,8 @@ def decode_target_png(data: bytes, stored: Stored, deep: bool = False) -> Tensor
     try:
         pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     except RuntimeError as error:
-        raise ValueError(f"does not decode: {str(error).splitlines()[0].rpartition('.cpp:')[2]}") from error
+        said = str(error).partition("\n")[0].rpartition(".cpp:")[2].partition(", ")[2]  # without the place in C++
+        raise ValueError(f"does not decode: {said or error}") from error
     if stored == "grey8_or_rgb8" and len(pixels) == 1:
         return pixels.expand(3, -1, -1).contiguous()
     return pixels.to(torch.int32) if pixels.dtype == torch.uint16 else pixels
