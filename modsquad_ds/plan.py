@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from modsquad_ds.config import Recipe
-from modsquad_ds.data.loader_plan import LoaderPlan
+from modsquad_ds.data.loader_plan import TRAIN, LoaderPlan
 from modsquad_ds.data.order import Sampling
 from modsquad_ds.data.shards import ShardSet
 from modsquad_ds.errors import UserError
 from modsquad_ds.parallel.collectives import gather_json
 from modsquad_ds.parallel.ranks import Ranks
-from modsquad_ds.tasks import TaskSpec, streams_of
+from modsquad_ds.tasks import SetTask, TaskSpec, streams_of
 
 
 def loader_plan(recipe: Recipe, ranks: Ranks, tasks: Mapping[str, TaskSpec] | None = None) -> LoaderPlan:
@@ -51,12 +51,25 @@ def check_same_shards(plan: LoaderPlan, splits: Sequence[str]) -> None:
 def step_tokens(plan: LoaderPlan) -> tuple[float, ...]:
     """Mean tokens of each task in an optimizer step, over all ranks and micro-batches, in the recipe's order.
 
-    With `weighted` sampling a task's steps are its share of the sampling weights.
+    With `weighted` sampling a task's steps are its share of the sampling weights. Of an image set only those images count that
+    have the task's label.
     """
-    shares = step_shares(plan.tasks, plan.sampling)
+    shares, labelled = step_shares(plan.tasks, plan.sampling), _labelled(plan)
     return tuple(
-        shares[name] * plan.step_images(name) * image_tokens(spec, plan.patch_size) for name, spec in plan.tasks.items()
+        shares[name] * labelled.get(name, 1.0) * plan.step_images(name) * image_tokens(spec, plan.patch_size)
+        for name, spec in plan.tasks.items()
     )
+
+
+def _labelled(plan: LoaderPlan) -> dict[str, float]:
+    """Share of the training images of its set that a task has a label on."""
+    found = {}
+    for set_tasks in plan.streams.values():
+        specs = {name: spec for name in set_tasks if isinstance(spec := plan.tasks[name], SetTask)}
+        if specs:
+            store = plan.store(set_tasks[0], TRAIN)
+            found |= {name: store.details["targets"][spec.target] / sum(store.shard_sizes) for name, spec in specs.items()}
+    return found
 
 
 def step_shares(tasks: Mapping[str, TaskSpec], sampling: Sampling) -> dict[str, float]:

@@ -19,6 +19,7 @@ from modsquad_ds.data.shards import INDEX_NAME, Index, index_file, load_index
 from modsquad_ds.data.staging import staged_folder
 from modsquad_ds.errors import UserError
 from modsquad_ds.location import Url
+from modsquad_ds.tasks import section_of
 
 
 def stage(recipe: Recipe, to: Path) -> Path:
@@ -29,11 +30,11 @@ def stage(recipe: Recipe, to: Path) -> Path:
     """
     root, folders = recipe.data_root, set[Path]()
     for name, spec in recipe.adapted.items():
+        where = f"stage: {section_of(name, spec)}.data"
         if isinstance(root, Url) or isinstance(spec.data, Url):
-            where = f"stage: tasks.{name}.data {root / spec.data}"
-            raise UserError(f"{where}: shards that come by URL are kept on each node anyway (cache); train without a copy")
+            raise UserError(f"{where} {root / spec.data}: shards that come by URL are kept on each node anyway (cache); train without a copy")
         if spec.data.is_absolute():
-            raise UserError(f"stage: tasks.{name}.data {spec.data}: give it relative to data_root, else its copy is not found")
+            raise UserError(f"{where} {spec.data}: give it relative to data_root, else its copy is not found")
         folders |= {spec.data / split for split in (TRAIN, VAL)}
     assert isinstance(root, Path)  # there is at least one task
     indices = {folder: load_index(root / folder) for folder in sorted(folders)}

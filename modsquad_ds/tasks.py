@@ -374,6 +374,11 @@ def higher_is_better(spec: TaskSpec, metric: str) -> bool:
     return not isinstance(spec, SetTask) or METRICS[metric].higher_is_better
 
 
+def section_of(task: str, spec: TaskSpec) -> str:
+    """The recipe's section that says where a task's images are: its own, or that of its image set."""
+    return f"tasks.{task}" if spec.stream is None else f"sets.{spec.stream}"
+
+
 def streams_of(tasks: Mapping[str, TaskSpec]) -> dict[str, tuple[str, ...]]:
     """Image set -> its tasks, in the recipe's order; a task with images of its own is a stream of its own name."""
     streams: dict[str, tuple[str, ...]] = {}

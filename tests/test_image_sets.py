@@ -1,6 +1,7 @@
 """Tasks that share their images: the recipe's sections, one patch embedding for all, rows that only fill up, parts of a count."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from modsquad_ds.model.pack import Shared
 from modsquad_ds.model.vit import SparseViT, init_weights
 from modsquad_ds.model_spec import ModelSpec
 from modsquad_ds.objective import flatten, unflatten
-from modsquad_ds.plan import step_shares
+from modsquad_ds.parallel.ranks import Ranks
+from modsquad_ds.plan import loader_plan, step_shares, step_tokens
 from modsquad_ds.tasks import SetTask, higher_is_better, metrics_of, streams_of
 
 SPARSE = {"num_experts": 4, "top_k": 2, "hidden": 12}
@@ -111,6 +113,16 @@ def test_what_a_set_leaves_open_no_task_of_it_may_say() -> None:
 def test_a_set_and_a_task_of_one_name_are_refused() -> None:
     with pytest.raises(UserError, match="views names a set and a task"):
         recipe_from_tree(tree(views={"set": "views", "target": "edge"}), "x")
+
+
+def test_of_a_step_only_images_with_the_label_count_as_a_tasks_tokens() -> None:
+    class Labelled:
+        kind, classes, shard_sizes = "multilabel", (), (6, 2)
+        details: ClassVar = {"targets": {"normal": 2, "depth_zbuffer": 8}}
+
+    store: Any = Labelled()
+    plan = replace(loader_plan(recipe_from_tree(tree(), "x"), Ranks(0, 1)), open_store=lambda folder: store)
+    assert step_tokens(plan) == (4 * 16 / 4, 4 * 16)  # 4 images of 4 x 4 patches; a quarter of them have normals
 
 
 # ---------------------------------------------------------------- the backbone

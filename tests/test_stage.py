@@ -85,6 +85,8 @@ def test_what_cannot_be_copied_is_named(recipe: Recipe, tmp_path: Path, monkeypa
     settings = [f"data_root={recipe.data_root}", f"tasks.scenes.data={recipe.data_root}/scenes"]
     with pytest.raises(UserError, match=r"tasks\.scenes\.data .*: give it relative to data_root"):
         stage(load_recipe("quickstart", settings), tmp_path / "disk")
+    with pytest.raises(UserError, match=r"stage: sets\.taskonomy\.data /shards: give it relative to data_root"):
+        stage(load_recipe("taskonomy", ["sets.taskonomy.data=/shards"]), tmp_path / "node")
     for by_url in ("data_root=https://host/shards", "tasks.digits.data=s3://bucket/digits"):
         with pytest.raises(UserError, match=r"tasks\.digits\.data .*://.*/digits: shards that come by URL are kept on each node"):
             stage(load_recipe("quickstart", [f"data_root={recipe.data_root}", by_url]), tmp_path / "disk")

@@ -22,6 +22,7 @@ from modsquad_ds.tasks import (
     SetTask,
     SetTransform,
     TaskSpec,
+    section_of,
     streams_of,
 )
 
@@ -92,8 +93,7 @@ class LoaderPlan:
 
     def section(self, task: str) -> str:
         """The recipe's section that says where the task's images are, how many a step has and how they are transformed."""
-        stream = self.tasks[task].stream
-        return f"tasks.{task}" if stream is None else f"sets.{stream}"
+        return section_of(task, self.tasks[task])
 
     def classes(self, task: str, split: str) -> list[str]:
         """Names of what the task's head tells apart, one for each of its outputs; numbers where they have none."""
