@@ -63,7 +63,7 @@ def step_tokens(plan: LoaderPlan) -> tuple[float, ...]:
 
 def _labelled(plan: LoaderPlan) -> dict[str, float]:
     """Share of the training images of its set that a task has a label on."""
-    found = {}
+    found: dict[str, float] = {}
     for set_tasks in plan.streams.values():
         specs = {name: spec for name in set_tasks if isinstance(spec := plan.tasks[name], SetTask)}
         if specs:

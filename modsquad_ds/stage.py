@@ -32,7 +32,8 @@ def stage(recipe: Recipe, to: Path) -> Path:
     for name, spec in recipe.adapted.items():
         where = f"stage: {section_of(name, spec)}.data"
         if isinstance(root, Url) or isinstance(spec.data, Url):
-            raise UserError(f"{where} {root / spec.data}: shards that come by URL are kept on each node anyway (cache); train without a copy")
+            by_url = f"{where} {root / spec.data}"
+            raise UserError(f"{by_url}: shards that come by URL are kept on each node anyway (cache); train without a copy")
         if spec.data.is_absolute():
             raise UserError(f"{where} {spec.data}: give it relative to data_root, else its copy is not found")
         folders |= {spec.data / split for split in (TRAIN, VAL)}
