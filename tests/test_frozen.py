@@ -70,6 +70,23 @@ def test_what_learns_by_hand() -> None:
     assert count_trainable(network, dict(routers.items())) == 2 * 4 * 32 + 32
 
 
+def test_what_has_learned_is_laid_over_the_whole_under_its_own_names() -> None:
+    """Entries of the network's own parameter (`task_scale`) among them, whose name has no module before it."""
+    recipe = adapting("experts", **{"loss.weighting": "uncertainty"})
+    network = build_network(recipe)
+    whole = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    trainable = trainable_entries(network, recipe, 0, ONE)
+    assert trainable is not None
+    freeze(network, trainable, whole, torch.float32)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 1
+    found = overlaid(whole, network.state_dict(), trainable)
+    assert found.keys() == whole.keys() and found["task_scale"].tolist() == [2.0, 1.0, 1.0]
+    weight = found["backbone.blocks.0.mlp.router.weight"] - whole["backbone.blocks.0.mlp.router.weight"]
+    assert_close(weight.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
+
+
 def test_routers_first_then_experts() -> None:
     recipe = adapting("experts", **{"adapt.router_steps": 3})
     network = build_network(recipe)

@@ -19,7 +19,8 @@ from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.trainable import Trainable
 
 PART = ".parametrizations."
-"""Stands in the name that torch gives the small parameter: `x.router.parametrizations.weight.original` of `x.router.weight`."""
+"""Stands in the name that torch gives the small parameter: `x.router.parametrizations.weight.original` of `x.router.weight`,
+`parametrizations.task_scale.original` of the network's own `task_scale`."""
 
 
 def freeze(network: MultiTaskNetwork, trainable: Trainable, whole: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -55,10 +56,10 @@ def overlaid(whole: Mapping[str, Tensor], learned: Mapping[str, Tensor], trainab
     """
     result = dict(whole)
     for name, tensor in learned.items():
-        if PART not in name:
+        if PART not in f".{name}":
             result[name] = tensor
             continue
-        full_name = name.replace(PART, ".").removesuffix(".original")
+        full_name = f".{name}".replace(PART, ".").removesuffix(".original")[1:]
         old, entries = whole[full_name], trainable[full_name]
         assert entries is not None
         # One tensor has one precision, and the frozen entries' bytes stay.
