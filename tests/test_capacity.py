@@ -104,6 +104,15 @@ def test_of_equal_weights_the_first_slots_stay_and_empty_places_are_zero() -> No
     assert seen.rows[1:4].flatten().tolist() == [0, 0, 0], "whatever lies in the rows that stand in"
 
 
+def test_slots_of_rows_that_only_fill_up_are_dropped_first() -> None:
+    """Two places of one expert: the token that counts keeps its own, though the three that fill up have larger weights."""
+    routing = routing_of([[0], [0], [0], [0]], [[0.5], [0.9], [0.2], [0.8]], 1)
+    assert CapacityDispatcher(1, 0.5).plan(routing).order_R.tolist() == [1, 3]
+    routing = routing._replace(filling_S=torch.tensor([False, True, True, True]))
+    plan = CapacityDispatcher(1, 0.5).plan(routing)
+    assert plan.order_R.tolist() == [0, 1] and plan.inverse_R.tolist() == [0, 1, -1, -1]
+
+
 # ---------------------------------------------------------------- the dumbest loop
 
 

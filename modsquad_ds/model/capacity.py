@@ -21,6 +21,8 @@ from modsquad_ds.model.router import Routing, RoutingStats
 
 NOWHERE = -1
 """Place of a dropped slot; slot of an empty place."""
+BEHIND_ALL = -1.0
+"""Below every gate weight."""
 
 
 class CapacityDispatcher:
@@ -59,11 +61,13 @@ class CapacityDispatcher:
 def assign_places(routing: Routing, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Slot of each place `[G]` and place of each slot `[R]`, int64, inverse to each other apart from NOWHERE.
 
-    Slots queue up by (expert, gate weight descending, slot number); an expert's first C have a place. Gathers alone, and no
-    result whose shape depends on values, which would make the host wait.
+    Slots queue up by (expert, gate weight descending, slot number), those of rows that only fill up behind all others; an
+    expert's first C have a place. Gathers alone, and no result whose shape depends on values, which would make the host wait.
     """
-    expert_R, weight_R = routing.expert_SK.flatten(), routing.weight_SK.detach().flatten()
-    by_weight_R = weight_R.argsort(descending=True, stable=True)
+    expert_R, weight_SK = routing.expert_SK.flatten(), routing.weight_SK.detach()
+    if routing.filling_S is not None:
+        weight_SK = weight_SK.masked_fill(routing.filling_S.unsqueeze(1), BEHIND_ALL)
+    by_weight_R = weight_SK.flatten().argsort(descending=True, stable=True)
     queue_R = by_weight_R[expert_R[by_weight_R].argsort(stable=True)]
     number_R = torch.empty_like(queue_R)
     number_R[queue_R] = torch.arange(queue_R.numel(), device=queue_R.device)

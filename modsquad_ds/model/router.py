@@ -37,14 +37,17 @@ class Routing(NamedTuple):
     weight_SK: Tensor
     """fp32: gate weights."""
     stats: RoutingStats
-    filled_E: Tensor | None = None
-    """fp32: how often each expert was chosen by rows that only fill up, which the statistics leave out; None: no such rows."""
+    filling_S: Tensor | None = None
+    """bool: tokens of rows that only fill up, which the statistics leave out; None: there are no such rows."""
 
     @property
     def rows_per_expert(self) -> Tensor:
         """fp32 `[E]`: rows that each expert gets."""
         counted_E = self.stats.count_TE.detach().sum(0)
-        return counted_E if self.filled_E is None else counted_E + self.filled_E
+        if self.filling_S is None:
+            return counted_E
+        chosen_R = self.expert_SK.flatten()
+        return torch.zeros_like(counted_E).scatter_add(0, chosen_R, counted_E.new_ones(1).expand(chosen_R.numel()))
 
 
 class Router(nn.Module):
@@ -86,7 +89,7 @@ class Router(nn.Module):
         if self.spec.renormalize:
             weight_SK = weight_SK / weight_SK.sum(-1, keepdim=True)
         stats = self._stats(logits_SE, prob_SE, expert_SK, segments)
-        return Routing(expert_SK, weight_SK, stats, self._filled(expert_SK, segments))
+        return Routing(expert_SK, weight_SK, stats, _filling(segments, x_SD.device))
 
     def choose(self, prob_SE: Tensor) -> Tensor:
         """The chosen experts `[S, K]`: the most probable, best first. Benchmarks put another choice in its place."""
@@ -164,19 +167,6 @@ class Router(nn.Module):
             logits_NV = logits_NV + torch.randn_like(logits_NV) * (self.spec.noise / self.num_experts)
         return logits_NV
 
-    def _filled(self, expert_SK: Tensor, segments: tuple[Segment, ...]) -> Tensor | None:
-        """Choices of the rows that only fill up."""
-        chosen = [
-            expert_NK[segment.counted_length :].flatten()
-            for segment, expert_NK in slices(expert_SK, segments)
-            if segment.counted_length < segment.length
-        ]
-        if not chosen:
-            return None
-        filled = torch.cat(chosen)
-        ones = torch.ones((), device=filled.device).expand(filled.numel())
-        return torch.zeros(self.num_experts, device=filled.device).scatter_add(0, filled, ones)
-
     def _stats(
         self, logits_SE: Tensor, prob_SE: Tensor, expert_SK: Tensor, segments: tuple[Segment, ...]
     ) -> RoutingStats:
@@ -196,6 +186,16 @@ class Router(nn.Module):
         token_T = torch.tensor(token, dtype=torch.float32).to(prob_SE.device, non_blocking=True)
         dropped_T = torch.zeros_like(token_T)  # known only when places are given out
         return RoutingStats(torch.stack(prob), torch.stack(count), token_T, torch.stack(lse2), dropped_T)
+
+
+def _filling(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
+    """`Routing.filling_S` of a pack."""
+    if all(segment.counted_length == segment.length for segment in segments):
+        return None
+    filling_S = torch.zeros(sum(segment.length for segment in segments), dtype=torch.bool, device=device)
+    for segment, of_segment in slices(filling_S, segments):
+        of_segment[segment.counted_length :] = True
+    return filling_S
 
 
 def _top_k(prob_SE: Tensor, k: int) -> Tensor:

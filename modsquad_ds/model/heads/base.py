@@ -29,7 +29,7 @@ class LossTerm(NamedTuple):
     """float32 scalar without gradient, on the same device: images, positives or pixels. Depends on the targets only."""
     weight: float
     part: Tensor | None = None
-    """As `count`, of some of what is counted: for losses that weigh two classes by each other's share of the whole step."""
+    """As `count`, of some of what is counted: for losses that weigh two classes by each other's share over all ranks."""
 
 
 class Head(nn.Module, ABC):

@@ -106,8 +106,8 @@ def balanced(
 ) -> dict[str, LossTerm]:
     """Mean cross-entropy of the sigmoid over the valid pixels, positive ones weighted by w, others by 1 - w (arXiv 1504.06375).
 
-    `positive_weight` None: w is the share of negative pixels in the step, over all ranks and micro-batches. Each of the two
-    terms then leaves it to the sums over the whole step to make its weight: the other class's share.
+    `positive_weight` None: w is the share of negative pixels in the micro-batches of all ranks together. Each of the two
+    terms then leaves it to the sums over all ranks to make its weight: the other class's share.
     """
     is_positive_BHW = values_BHW > 0.5
     positive_BHW, negative_BHW = valid_BHW & is_positive_BHW, valid_BHW & ~is_positive_BHW
