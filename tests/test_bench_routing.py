@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modsquad_ds.bench.routing import Load, balanced, balanced_choice, load_of_ranks, observed
+from modsquad_ds.data.types import Rows
 from modsquad_ds.model.network import build_network
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.ranks import Ranks
@@ -37,6 +38,17 @@ def test_network_routes_in_balance_inside_the_block_and_as_learned_outside() -> 
     # Gate weights stay the router's probabilities, so its gradient flows.
     torch.cat([head.flatten() for head in output.outputs["digits"].values()]).square().sum().backward()
     assert all(router.weight.grad is not None and router.weight.grad.abs().sum() > 0 for router in routers[-1:])
+
+
+def test_rows_that_only_fill_up_are_observed_too() -> None:
+    """Two images of 16 tokens, of which one task reads one and fills up with the other: 32 tokens with two experts each."""
+    network = build_network(small_recipe())
+    rows = {"digits": Rows(torch.tensor([0, 1]), 1)}
+    routers = [layer.router for layer in network.backbone.sparse_layers().values()]
+    with observed(routers) as counts:
+        output = network({}, [(torch.zeros(2, 3, 32, 32), rows)])
+    for stats, (seen,) in zip(output.stats, counts, strict=True):
+        assert (stats.count_TE.sum().item(), seen.sum().item()) == (32, 64)
 
 
 def two_groups(rank: int, world: int) -> Load | None:

@@ -53,11 +53,14 @@ def balanced_choice(top_k: int, prob_SE: Tensor) -> Tensor:
 
 @contextmanager
 def observed(routers: Sequence[Router]) -> Iterator[list[list[Tensor]]]:
-    """Inside the block each forward pass of a router adds its counts `[E]` to the router's list; on the device, no wait."""
+    """Inside the block each forward pass of a router adds the rows of its experts `[E]` to the router's list; no wait.
+
+    All that are computed, of images that only fill up too.
+    """
     counts: list[list[Tensor]] = [[] for _ in routers]
 
     def hook(here: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], Routing], None]:
-        return lambda _module, _inputs, routing: here.append(routing.stats.count_TE.detach().sum(0))
+        return lambda _module, _inputs, routing: here.append(routing.rows_per_expert)
 
     handles = [router.register_forward_hook(hook(here)) for router, here in zip(routers, counts, strict=True)]
     try:
