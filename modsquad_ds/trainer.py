@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -151,7 +151,16 @@ def train_step(trainer: Trainer, micro_batches: Iterator[Batch], step: int) -> t
         trainer.engine.step()
     for name, average in trainer.average.items():
         average.lerp_(trainer.network.get_parameter(name).detach().float(), 1 - spec.ema)
-    return Report(*(torch.stack(values).mean(0) for values in zip(*reports, strict=True))), work
+    return mean_report(reports), work
+
+
+def mean_report(reports: Sequence[Report]) -> Report:
+    """Means over micro-batches; a task's own values over those that have it (an image set's may lack all its labels)."""
+    mean = Report(*(torch.stack(values).mean(0) for values in zip(*reports, strict=True)))
+    if len(reports) == 1:
+        return mean
+    present_T = mean.present_T.clamp(min=1 / len(reports))  # an absent task's values are 0 in every micro-batch
+    return mean._replace(task_T=mean.task_T / present_T, dropped_T=mean.dropped_T / present_T)
 
 
 def forward_backward(trainer: Trainer, batch: Batch) -> Report:

@@ -14,6 +14,7 @@ from modsquad_ds.model.heads.base import LossTerm
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.model.router import RoutingStats
 from modsquad_ds.objective import Objective, Report, Terms, Usage, flatten, no_usage, unflatten, updated_usage
+from modsquad_ds.trainer import mean_report
 from small import small_batch, small_images, small_recipe
 
 OFF = {"loss.mutual_information": 0.0, "loss.load_balance": 0.0, "loss.z_loss": 0.0}
@@ -123,6 +124,17 @@ def test_absent_tasks_contribute_nothing() -> None:
     loss.backward()
     assert scale.grad is not None and scale.grad[0] == scale.grad[2] == 0 and scale.grad[1] != 0
     assert alone({**OFF, **WEIGHTS}, {"scenes": TERMS["scenes"]}, ())[0].item() == pytest.approx(17)
+
+
+def test_a_tasks_loss_is_the_mean_over_the_micro_batches_that_have_it() -> None:
+    """8.5 in one of three micro-batches, the others without the task: 8.5, not a third of it; never there: 0."""
+    one = alone({**OFF, **WEIGHTS}, {"scenes": TERMS["scenes"]}, ())[1]
+    other = alone({**OFF, **WEIGHTS}, {"digits": TERMS["digits"]}, ())[1]
+    found = mean_report([one, other, other])
+    assert found.task_T.tolist() == pytest.approx([2.0, 8.5, 0])
+    assert found.present_T.tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert found.total.item() == pytest.approx((one.total.item() + 2 * other.total.item()) / 3), "what is minimised"
+    assert mean_report([one]).task_T.tolist() == one.task_T.tolist()
 
 
 def test_information_takes_absent_tasks_from_memory() -> None:
