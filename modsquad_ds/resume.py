@@ -52,7 +52,7 @@ def with_same_batch(recipe: Recipe, found: Path, ranks: Ranks) -> Recipe:
     """
     saved, plan = checkpoint.read_state(found), loader_plan(recipe, ranks, recipe.adapted)
     parts, tasks, sets = ranks.world * recipe.train.accumulation, dict(recipe.tasks), dict(recipe.sets)
-    for stream, (name, *others) in streams_of(plan.tasks).items():
+    for stream, (name, *_) in streams_of(plan.tasks).items():
         spec, before, now = plan.tasks[name], saved["images"].get(name), plan.step_images(name)
         if spec.batch_size is not None or before in (None, now):
             continue
@@ -64,7 +64,8 @@ def with_same_batch(recipe: Recipe, found: Path, ranks: Ranks) -> Recipe:
                 f"change one of them, or set {key}.batch_size"
             )
         kept = {"batch_size": before, "batch_size_per_rank": None}
-        tasks |= {one: tasks[one].model_copy(update=kept) for one in (name, *others)}
+        # Of a set, those too that do not learn here: the recipe is saved, and all of a set's tasks have to agree with it.
+        tasks |= {one: tasks[one].model_copy(update=kept) for one in streams_of(tasks)[stream]}
         if stream in sets:
             sets[stream] = sets[stream].model_copy(update=kept)
         if ranks.first:

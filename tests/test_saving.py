@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lives import resume, save
 from modsquad_ds import checkpoint
 from modsquad_ds.checkpoint import Progress, Written, complete_checkpoints, folder_of
-from modsquad_ds.config import Recipe, recipe_to_tree
+from modsquad_ds.config import Recipe, recipe_from_tree, recipe_to_tree
 from modsquad_ds.errors import Stopped, UserError
 from modsquad_ds.parallel import launch, watchdog
 from modsquad_ds.parallel.ranks import Ranks
@@ -318,3 +318,13 @@ def test_images_per_step_stay_when_ranks_change(
         with_same_batch(recipe, tmp_path, Ranks(0, 3))
     explicit = small_recipe(**{"tasks.digits.batch_size": 12})
     assert with_same_batch(explicit, tmp_path, Ranks(0, 2)) == explicit, "a whole step's images are the user's word"
+
+
+def test_all_tasks_of_a_set_keep_its_images_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those too that do not learn in this run: the recipe, which the model file keeps, can be read again."""
+    monkeypatch.setattr(checkpoint, "read_state", lambda folder: {"images": {"normal": 8}})
+    sets = {"views": {"data": "v", "batch_size_per_rank": 4, "transform": {"crop": [32, 32]}}}
+    recipe = small_recipe(sets=sets, tasks={"sal": {"set": "views"}, "normal": {"set": "views"}}, only=["normal"])
+    four = with_same_batch(recipe, tmp_path, Ranks(0, 4))
+    assert [one.batch_size for one in (four.sets["views"], *four.tasks.values())] == [8, 8, 8]
+    assert recipe_from_tree(recipe_to_tree(four), "again") == four
