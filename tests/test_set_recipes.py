@@ -108,7 +108,7 @@ def test_every_variant_loads_into_a_run_of_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["taskonomy", "pascal_context"])
 def test_baselines_change_only_what_makes_them_baselines(name: str) -> None:
     dense = {"model.layout", "model.head_dim", "loss.mutual_information"}
-    assert changed(name, "dense") == dense | ({"train.optimizer"} if name == "taskonomy" else set())
+    assert changed(name, "dense") == dense | ({"train.optimizer", "train.schedule"} if name == "taskonomy" else set())
     assert changed(name, "m3vit") == dense | {"loss.load_balance"}
     losses = {"loss.mutual_information", "loss.load_balance", "loss.z_loss"}
     assert changed(name, "plain_moe") == losses | {"model.layout", "model.router"}
@@ -129,7 +129,7 @@ def test_experts_are_mod_squads() -> None:
 
 
 def test_taskonomy_schedule_is_the_papers() -> None:
-    for variant, images, rate in (("[]", 1440, 4e-4), ("small", 2688, 6e-4)):
+    for variant, images, rate in (("[]", 1440, 4e-4), ("dense", 1440, 2e-4), ("small", 2688, 6e-4)):
         recipe = load_recipe("taskonomy", [f"variant={variant}"])
         assert list(recipe.tasks) == [row.name for row in TASKONOMY]
         assert recipe.sets["taskonomy"].batch_size == images
