@@ -258,8 +258,16 @@ def recipe_from_tree(tree: Mapping[str, Any], where: str) -> Recipe:
 
 
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
-    """Plain JSON-able mapping that `recipe_from_tree` turns back into the same recipe."""
-    return recipe.model_dump(mode="json")
+    """Plain JSON-able mapping that `recipe_from_tree` turns back into the same recipe.
+
+    What an image set says for its tasks stands there alone, so that it can be changed in one place.
+    """
+    tree = recipe.model_dump(mode="json")
+    for task in tree["tasks"].values():
+        if "set" in task:
+            for key in ImageSet.model_fields:
+                del task[key]
+    return tree
 
 
 def _each_once(errors: Sequence[Any]) -> list[Any]:

@@ -100,8 +100,8 @@ def tree_at(recipe: Recipe, ranks: int, smallest: int, mode: str, growing: bool)
                     f"take a multiple of {smallest}"
                 )
             images = images * ranks // smallest
-        for section in (*(tree["tasks"][name] for name in tasks), *([tree["sets"][stream]] if stream in tree["sets"] else [])):
-            section |= {"batch_size": images, "batch_size_per_rank": None}
+        section = tree["sets"][stream] if stream in tree["sets"] else tree["tasks"][stream]
+        section |= {"batch_size": images, "batch_size_per_rank": None}
     parallel = tree["parallel"]
     parallel["ep_size"] = ranks if growing else math.gcd(ranks, parallel["ep_size"])
     parallel["attention_ep_size"] = math.gcd(ranks, parallel["attention_ep_size"])
