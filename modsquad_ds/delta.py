@@ -45,7 +45,7 @@ class Gain(NamedTuple):
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
     """(value - baseline) / baseline, with the opposite sign where less is better. `baseline` is positive."""
-    return (1 if higher_is_better else -1) * (value - baseline) / baseline
+    return (value - baseline if higher_is_better else baseline - value) / baseline
 
 
 def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float:
