@@ -25,7 +25,7 @@ from modsquad_ds.recipe_tree import UniqueKeys
 from modsquad_ds.structure import PerKind, structure_of
 from modsquad_ds.surgery import expand as grow
 from modsquad_ds.surgery import experts_of
-from modsquad_ds.tasks import TaskSpec
+from modsquad_ds.tasks import SetTask, TaskSpec
 
 EXAMPLE = "faces: {kind: classification, data: faces, num_classes: 2, batch_size: 16}"
 
@@ -63,7 +63,8 @@ def expand(run_or_model: Path, task: str, new: PerKind, out: Path, data: Locatio
 def read_task(text: str, model: ModelFile) -> tuple[str, TaskSpec]:
     """Name and checked entry of the new task: from a YAML file, its name ending in .yaml or .yml, or from YAML itself.
 
-    One entry `NAME: {kind: ..., ...}`, also under `tasks:`; of a recipe's several tasks, the one that the model lacks.
+    One entry `NAME: {kind: ..., ...}`, also under `tasks:`; of a recipe's several tasks, the one that the model lacks. Its image
+    set is one of the model's, or stands under `sets:` beside `tasks:`.
     """
     tree = _yaml(text)
     entries = tree.get("tasks", tree) if isinstance(tree, dict) else tree
@@ -73,8 +74,16 @@ def read_task(text: str, model: ModelFile) -> tuple[str, TaskSpec]:
         found = f"found {len(entries)} new tasks" if isinstance(entries, dict) else f"found {type(entries).__name__}"
         raise UserError(f"--task {_short(text)}: {found}; expected one entry, e.g. '{EXAMPLE}', or a YAML file with it")
     ((name, entry),) = entries.items()
-    whole = recipe_to_tree(model.recipe) | {"tasks": {name: entry}, "only": [], "adapt": {}, "init_from": None}
-    return name, recipe_from_tree(whole, f"of --task {_short(text)}").tasks[name]
+    given = tree.get("sets") if entries is not tree else None
+    whole = recipe_to_tree(model.recipe)
+    whole |= {"tasks": {name: entry}, "only": [], "adapt": {}, "init_from": None}
+    if given is not None:
+        whole["sets"] = whole["sets"] | given if isinstance(given, dict) else given
+    recipe = recipe_from_tree(whole, f"of --task {_short(text)}")
+    spec = recipe.tasks[name]
+    if spec.stream is not None and recipe.sets[spec.stream] != model.recipe.sets.get(spec.stream, recipe.sets[spec.stream]):
+        raise UserError(f"--task {_short(text)}: sets.{spec.stream}: the model has another image set of this name; rename it")
+    return name, spec
 
 
 def _yaml(text: str) -> Any:
@@ -98,10 +107,7 @@ def _short(text: str) -> str:
 
 def classes_of(recipe: Recipe, name: str, spec: TaskSpec) -> tuple[str, ...]:
     """Class names of the task's training shards. Raises UserError where shards of either split are missing or do not fit."""
-    alone = recipe_to_tree(recipe) | {
-        "tasks": {name: spec.model_dump(mode="json")}, "only": [], "adapt": {}, "init_from": None
-    }  # fmt: skip
-    plan = loader_plan(recipe_from_tree(alone, f"of task {name}"), Ranks())
+    plan = loader_plan(recipe, Ranks(), {name: spec})
     check_data(plan)
     return tuple(plan.classes(name, TRAIN))
 
@@ -120,7 +126,9 @@ def training_recipe(recipe: Recipe, name: str, new: PerKind, model: Path) -> Rec
 
 
 def _tell(model: ModelFile, larger: ModelFile, name: str, out: Path, recipe_file: Path) -> None:
-    title = f"task {name}: {larger.recipe.tasks[name].kind}, {len(larger.classes[name])} classes"
+    spec = larger.recipe.tasks[name]
+    of_pixels = isinstance(spec, SetTask) and spec.kind not in ("soft_classification", "semantic")
+    title = f"task {name}: {spec.kind}, {spec.num_classes} {'numbers a pixel' if of_pixels else 'classes'}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("sparse layer", overflow="fold")
     for heading in ("experts", "now", "parameters more"):

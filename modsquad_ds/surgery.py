@@ -18,7 +18,7 @@ from modsquad_ds.model_file import ModelFile
 from modsquad_ds.objective import Usage
 from modsquad_ds.selection import Kept
 from modsquad_ds.structure import PerKind, SparsePlace, Structure, head_of, structure_of, top_k_of
-from modsquad_ds.tasks import TaskSpec
+from modsquad_ds.tasks import SetTask, TaskSpec, set_of
 
 # ---------------------------------------------------------------- a smaller model
 
@@ -176,6 +176,8 @@ def _larger_recipe(model: ModelFile, name: str, spec: TaskSpec, new: PerKind, st
             "new experts: the model has one router for all tasks (model.router.per_task: false), so old tasks would see them"
         )
     tree["tasks"][name] = spec.model_dump(mode="json")
+    if isinstance(spec, SetTask):
+        tree["sets"].setdefault(spec.set, set_of(spec).model_dump(mode="json"))
     for kind, ep in (("mlp", "ep_size"), ("attention", "attention_ep_size")):
         counts = [experts_of(model, layer) + getattr(new, kind) for layer in structure.layers if layer.kind == kind]
         if getattr(new, kind) < 0 or (getattr(new, kind) and not counts):

@@ -359,6 +359,11 @@ def completed_set_task(name: str, given: Mapping[str, Any], sets: Mapping[str, A
     return of_row | {key: images[key] for key in _OF_SET if key in images} | dict(given) | {"head": head}
 
 
+def set_of(spec: SetTask) -> ImageSet:
+    """The image set of a task."""
+    return ImageSet(**{key: getattr(spec, key) for key in _OF_SET})
+
+
 _OF_SET = tuple(ImageSet.model_fields)
 TaskSpec = Annotated[ClassificationTask | DetectionTask | SegmentationTask | SetTask, Field(discriminator="kind")]
 """One entry of a recipe's `tasks:` section."""
