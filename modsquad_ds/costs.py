@@ -123,7 +123,7 @@ def print_costs(
 
     Args:
         rows: name of the network -> its costs.
-        metrics: name of the network -> a held-out metric in [0, 1]; without it there is no such column.
+        metrics: name of the network -> a held-out metric; without it there is no such column.
         metric: what that column is called.
     """
     first = next(iter(rows.values()))

@@ -19,7 +19,8 @@ from modsquad_ds.losses import mutual_information, task_expert_joint
 from modsquad_ds.model.counts import count_parameters
 from modsquad_ds.model.network import MultiTaskNetwork
 from modsquad_ds.model_file import ModelFile, read_model
-from modsquad_ds.tasks import metrics_of
+from modsquad_ds.targets import METRICS
+from modsquad_ds.tasks import SetTask, TaskSpec, higher_is_better, metrics_of
 
 ADAPTED = "adapt.json"
 """Beside the model of a run that trained part of it: what was trained, and what the model has and costs."""
@@ -58,7 +59,8 @@ def print_results(results: Mapping[str, Any], recipe: Recipe, information: Mappi
     for task, metric, trained, untrained in summary_rows(results, recipe):
         if last not in (None, task):
             metrics.add_section()
-        metrics.add_row("" if task == last else task, metric, _number(trained), _number(untrained))
+        name = metric_name(recipe.active[task], metric)
+        metrics.add_row("" if task == last else task, name, _number(trained), _number(untrained))
         last = task
     console.print(metrics)
     limit = math.log(len(recipe.active))
@@ -97,6 +99,12 @@ def _console() -> Console:
     return console if console.width <= 80 else Console(width=80)
 
 
+def metric_name(spec: TaskSpec, metric: str) -> str:
+    """With its unit, and a note where less of it is better: `mErr, degrees, less is better`."""
+    unit = METRICS[metric].unit if isinstance(spec, SetTask) else ""
+    return ", ".join(filter(None, (metric, unit, "" if higher_is_better(spec, metric) else "less is better")))
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -108,7 +116,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     """
     models = {run: read_model(model_path(run)) for run in runs}
     tasks = {task: spec for model in models.values() for task, spec in model.recipe.active.items()}
-    headings = [f"{task} {metrics_of(spec)[0]}" for task, spec in tasks.items()]
+    headings = [f"{task} {metric_name(spec, metrics_of(spec)[0])}" for task, spec in tasks.items()]
     table = Table(box=box.MARKDOWN)
     table.add_column("run", no_wrap=True)
     adapted = any((run / ADAPTED).is_file() for run in runs)
@@ -120,7 +128,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
         total = count_parameters(without_memory(model.recipe)).total
         trained = [f"{_trained(run, total):,}"] if adapted else []
         table.add_row(run.name, *values, _least_share(model), *trained, f"{total:,}")
-    Console(width=110).print(table)
+    Console(width=10_000, soft_wrap=True).print(table)  # Markdown has a row per line, however many tasks there are
 
 
 def _trained(run: Path, total: int) -> int:
