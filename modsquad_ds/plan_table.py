@@ -74,7 +74,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def _tasks(forecast: Forecast) -> Table:
     steps = forecast.recipe.train.steps
-    names = ("task", "images/step", "samples", "steps/epoch", "epochs", "of its head", "active", "GFLOPs/image")
+    names = ("task", "images/step", "samples", "steps/epoch", "epochs", "in head", "active", "GFLOPs")
     table = _table("", names)
     for row in forecast.tasks:
         samples = "?" if row.samples is None else f"{row.samples:,}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from modsquad_ds.config import load_recipe
+from modsquad_ds.config import load_recipe, recipe_from_tree, recipe_to_tree
 from modsquad_ds.data.loader_plan import check_data
 from modsquad_ds.errors import UserError
 from modsquad_ds.expand import EXAMPLE, expand, read_task
@@ -130,6 +130,25 @@ def test_entries_that_are_not(text: str, message: str) -> None:
     start, _, rest = message.partition(".*")
     assert start in str(caught.value) and rest.rpartition(".*")[2] in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SHADE = "sets: {views: {data: v, batch_size: 4}}\ntasks: {shade: {set: views, target: reshading}}"
+
+
+def test_a_new_task_may_bring_its_image_set() -> None:
+    """Which is then the model's: a second task may use it without a word, and what differs from it is refused."""
+    model = trained()
+    with pytest.raises(UserError, match=r"tasks\.shade\.set: 'views' is not under sets"):
+        read_task("shade: {set: views, target: reshading}", model)
+    name, spec = read_task(SHADE, model)
+    larger = grow(model, name, spec, PerKind(1, 0), list("rgb"))
+    assert list(larger.recipe.sets) == ["views"] and larger.recipe.sets["views"].batch_size == 4
+    assert recipe_from_tree(recipe_to_tree(larger.recipe), "again") == larger.recipe
+    assert read_task("normal: {set: views}", larger)[1].batch_size == 4
+    more = SHADE.replace("shade:", "light:")
+    assert read_task(more, larger)[0] == "light"
+    with pytest.raises(UserError, match=r"sets\.views: the model has another image set of this name; rename it"):
+        read_task(more.replace("data: v", "data: w"), larger)
 
 
 # ---------------------------------------------------------------- refusals

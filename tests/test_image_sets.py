@@ -61,6 +61,13 @@ def test_a_task_takes_from_its_set_and_its_row_what_it_does_not_say() -> None:
     assert recipe_from_tree(recipe_to_tree(recipe), "again") == recipe
 
 
+def test_a_set_of_a_recipe_that_was_written_can_be_changed_in_one_place() -> None:
+    written = recipe_to_tree(recipe_from_tree(tree(), "x"))
+    written["sets"]["views"] |= {"batch_size": 6, "data": "elsewhere"}
+    again = recipe_from_tree(written, "again")
+    assert [(str(task.data), task.batch_size) for task in again.tasks.values()] == [("elsewhere", 6)] * 2
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

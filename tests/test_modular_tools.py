@@ -19,6 +19,7 @@ from modsquad_ds.model.counts import count_parameters
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model_file import ModelFile, expert_parameters, write_model
 from modsquad_ds.tables import print_comparison
+from modsquad_ds.targets import TASKONOMY
 from small import small_recipe
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -209,6 +210,17 @@ def test_compare_shows_trained_parameters_where_a_run_was_adapted(tmp_path: Path
     assert heading == ["run", "digits top1", "least I / log T", "trained", "parameters"]
     assert part == ["part", "0.500", "-", "1,234", total]
     assert scratch == ["scratch", "0.500", "-", total, total]
+
+
+def test_compare_has_a_line_per_run_however_many_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small_recipe(sets={"views": {"data": "v", "batch_size": 2}}, tasks={row.name: {"set": "views"} for row in TASKONOMY})
+    run = save(tmp_path / "run", recipe)
+    evaluated(run, {row.name: {row.metrics[0]: 0.25} for row in TASKONOMY})
+    print_comparison([run])
+    lines = [text.strip("| ").split("|") for text in capsys.readouterr().out.split("\n") if "|" in text]
+    heading, _, line = [[cell.strip() for cell in cells] for cells in lines]
+    assert heading[1:3] == ["class_object top1", "class_scene top1"] and "normal mErr, degrees, less is better" in heading
+    assert line[:14] == ["run", *["0.250"] * 13]
 
 
 def test_modular_needs_the_quickstarts_model(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from modsquad_ds.errors import UserError
 from modsquad_ds.model.network import build_network
 from modsquad_ds.model_file import ModelFile, write_model
 from modsquad_ds.objective import Usage
+from set_tasks import set_task
 from small import small_recipe
 
 LAYERS = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
@@ -272,6 +273,15 @@ def test_tables_of_one_task_without_sparse_layers(capsys: pytest.CaptureFixture[
     tables.print_results(results(recipe), recipe, {"blocks.1.mlp": -1e-9})
     out = capsys.readouterr().out
     assert "digits" in out and "mutual" not in out, "one task has no information to tell"
+
+
+def test_units_and_where_less_is_better_are_said() -> None:
+    specs = [set_task(target) for target in ("normal", "edge", "sal")]
+    names = [tables.metric_name(spec, spec.row.metrics[0]) for spec in specs]
+    assert names == ["mErr, degrees, less is better", "odsF", "mIoU"]
+    assert tables.metric_name(set_task("keypoints2d"), "L1") == "L1, less is better"
+    assert tables.metric_name(set_task("depth_zbuffer"), "delta1") == "delta1"
+    assert tables.metric_name(small_recipe().tasks["scenes"], "AP") == "AP"
 
 
 def test_description_counts_the_network(capsys: pytest.CaptureFixture[str]) -> None:
