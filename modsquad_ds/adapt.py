@@ -25,7 +25,7 @@ from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from modsquad_ds.selection import candidates, kept_by_usage
 from modsquad_ds.surgery import extract
-from modsquad_ds.tables import ADAPTED, without_memory
+from modsquad_ds.tables import ADAPTED, metric_name, without_memory
 from modsquad_ds.tasks import metrics_of
 from modsquad_ds.trainable import Trainable, count_trainable
 
@@ -84,7 +84,7 @@ def _print(recipe: Recipe, trained: int, costs: dict[str, dict[str, float]], res
     for task, of_task in costs.items():
         metric = metrics_of(recipe.active[task])[0]
         value = results[task][metric]
-        shown = f"{metric} {'-' if value is None else f'{value:.3f}'}"
+        shown = f"{'-' if value is None else f'{value:.3f}'} {metric_name(recipe.active[task], metric)}"
         numbers = (f"{n:,}" for n in (trained, of_task["total"], of_task["active"]))
         table.add_row(task, *numbers, f"{of_task['flops'] / 1e9:,.3f}", shown)
     console = Console()

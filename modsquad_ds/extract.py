@@ -28,6 +28,7 @@ from modsquad_ds.structure import PerKind, structure_of, top_k_of
 from modsquad_ds.surgery import check_top_k, known_task
 from modsquad_ds.surgery import extract as cut
 from modsquad_ds.sweep import Point, outcomes, points_of, rule_name, sweep_csv, sweep_png
+from modsquad_ds.tables import metric_name
 from modsquad_ds.tasks import metrics_of
 
 DEFAULT_RULE = PruneSpec(min_usage=0.03)
@@ -112,7 +113,8 @@ def _tell(costs: Mapping[str, Sequence[Costs]], measured: _Measured | None, out:
             print_costs(title, rows)
             continue
         metric = metrics_of(measured.plan.tasks[task])[0]
-        print_costs(title, rows, {"full": measured.full[task][metric], "extracted": measured.part[task][metric]}, metric)
+        values = {"full": measured.full[task][metric], "extracted": measured.part[task][metric]}
+        print_costs(title, rows, values, metric_name(measured.plan.tasks[task], metric))
 
 
 def _check_tasks(model: ModelFile, tasks: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from modsquad_ds.model_file import ModelFile, network_of
 from modsquad_ds.selection import Kept, kept_experts, share_kept
 from modsquad_ds.structure import PerKind, structure_of, top_k_of
 from modsquad_ds.surgery import extract
+from modsquad_ds.tables import metric_name
 from modsquad_ds.tasks import metrics_of
 
 THRESHOLDS = (0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -136,14 +137,15 @@ def sweep_png(model: ModelFile, points: Sequence[Point], found: Sequence[Outcome
     figure = Figure(figsize=(6.4 * len(tasks), 4.6), dpi=110, layout="constrained")
     figure.suptitle(f"{model.recipe.name}: extracted for {', '.join(tasks)}")
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        metric = metrics_of(model.recipe.tasks[task])[0]
+        spec = model.recipe.tasks[task]
+        metric = metrics_of(spec)[0]
         _panel(axes, points, found, task, metric)
         value = full[task][metric]
         if value is not None:
             axes.axhline(value, color="grey", linewidth=1, linestyle="--", label=f"full model, {value:.3f}")
         axes.set_title(task)
         axes.set_xlabel("experts' parameters kept, %")
-        axes.set_ylabel(metric)
+        axes.set_ylabel(metric_name(spec, metric))
         axes.set_xlim(0, 103)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:  # none where the data cannot say the metric
