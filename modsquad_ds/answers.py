@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modsquad_ds import draw, draw_maps
 from modsquad_ds.data.set_transforms import scale_of
-from modsquad_ds.metrics.maps import raw_of
+from modsquad_ds.metrics.maps import metres_of, raw_of
 from modsquad_ds.model.heads.base import Prediction
 from modsquad_ds.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, SetTask, TaskSpec
 
@@ -74,9 +74,10 @@ def _value_answer(image_CHW: Tensor, prediction: Prediction, names: Sequence[str
     """Raw numbers as the dataset stores them; depths in metres."""
     assert isinstance(spec, SetTask)
     row, scaled_CHW = spec.row, prediction["values"]
-    values_CHW, unit = raw_of(scaled_CHW, scale_of(row)), "raw numbers, as the dataset stores them"
-    if row.metres is not None:
-        values_CHW, unit = values_CHW * row.metres, "metres"
+    if row.metres is None:
+        values_CHW, unit = raw_of(scaled_CHW, scale_of(row)), "raw numbers, as the dataset stores them"
+    else:
+        values_CHW, unit = metres_of(scaled_CHW, row), "metres"
     flat_CN = values_CHW.flatten(1)
     facts = {"unit": unit, "least": flat_CN.amin(1).tolist(), "mean": flat_CN.mean(1).tolist(), "most": flat_CN.amax(1).tolist()}
     everywhere_HW = torch.ones(scaled_CHW.shape[1:], dtype=torch.bool)

@@ -291,6 +291,7 @@ def test_a_task_of_a_set_answers_with_a_picture_facts_and_its_map(tmp_path: Path
             assert values.shape == channels[task]
             if task == "depth_zbuffer":
                 assert facts["unit"] == "metres" and facts["most"] == pytest.approx([float(values.max())])
+                assert values.min() == pytest.approx(1 / 512), "nothing is nearer than a label can say"
             if task == "normal":
                 assert np.linalg.norm(values, axis=0) == pytest.approx(np.ones(size), abs=1e-5)
 

@@ -109,9 +109,8 @@ class ScaledMaps(MeanMetric):
 class Depth(MeanMetric):
     """`rmse` in metres and `delta1`, the share of pixels off by a factor below 1.25, over the valid pixels of all images.
 
-    Pixels are pooled, so an image with many holes counts less; not the mean over images that ASTMT reports. Scaled values go
-    back to raw ones and metres; predictions and labels count as at least 1 raw step and at most the last before the mark of a
-    hole (Taskonomy: 2 mm and 128 m), which is what a label can say, so that no ratio is infinite.
+    Pixels are pooled, so an image with many holes counts less; not the mean over images that ASTMT reports. Predictions and
+    labels are those of `metres_of`, so that no ratio is infinite.
     """
 
     names = ("square", "within")
@@ -120,20 +119,25 @@ class Depth(MeanMetric):
         super().__init__(row)
         if row.scale is None or row.metres is None:
             raise ValueError(f"target {row.name}: rmse and delta1 are for depths, which have a scale and metres")
-        self.scale, self.unit = row.scale, row.metres
 
     def add_image(self, prediction: Mapping[str, Any], label: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Prediction: `values` `[1, h, w]`. Label: `values` `[1, h, w]`, `valid` bool `[h, w]`; scaled units."""
-        p, g = (self._metres(side["values"][:, label["valid"]]) for side in (prediction, label))
+        p, g = (metres_of(side["values"][:, label["valid"]].double(), self.row)[0] for side in (prediction, label))
         within = torch.maximum(p / g, g / p) < 1.25
         self.count(square=(p - g).square(), within=within.double())
-
-    def _metres(self, values_1N: Tensor) -> Tensor:
-        return raw_of(values_1N.double(), self.scale)[0].clamp(1, DEPTH_HOLE - 1) * self.unit
 
     def compute(self) -> dict[str, float]:
         """Metres and share."""
         return {"rmse": math.sqrt(self.mean("square")), "delta1": self.mean("within")}
+
+
+def metres_of(values: Tensor, row: Target) -> Tensor:
+    """Scaled depths `[1, ...]` -> metres: at least 1 raw step and at most the last before the mark of a hole.
+
+    Which is what a label can say; of Taskonomy 2 mm and 128 m.
+    """
+    assert row.scale is not None and row.metres is not None
+    return raw_of(values, row.scale).clamp(1, DEPTH_HOLE - 1) * row.metres
 
 
 def raw_of(values: Tensor, scale: Scale) -> Tensor:
