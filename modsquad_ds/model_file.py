@@ -24,6 +24,7 @@ from modsquad_ds.location import Location, Url
 from modsquad_ds.model.experts import ExpertBank
 from modsquad_ds.model.network import MultiTaskNetwork, build_network
 from modsquad_ds.objective import Usage
+from modsquad_ds.tasks import section_of
 
 FORMAT = "2"
 
@@ -54,8 +55,8 @@ def recipe_on(model: ModelFile, data: Location | None) -> Recipe:
         own = data is None or isinstance(spec.data, Url)
         if own and isinstance(place, Url) and place.is_command and os.environ.get("MODSQUAD_TRUST_COMMANDS") != "1":
             raise UserError(
-                f"tasks.{name}.data: the model file names a command that would read the data: {place}; say where the data lie "
-                "(--data), or set MODSQUAD_TRUST_COMMANDS=1 if you trust the file"
+                f"{section_of(name, spec)}.data: the model file names a command that would read the data: {place}; say where the "
+                "data lie (--data), or set MODSQUAD_TRUST_COMMANDS=1 if you trust the file"
             )
     return recipe
 

@@ -58,10 +58,9 @@ def with_same_batch(recipe: Recipe, found: Path, ranks: Ranks) -> Recipe:
             continue
         if before % parts:
             shares = f"{ranks.world} ranks x {recipe.train.accumulation} micro-batches"
-            key = f"sets.{stream}" if stream in sets else f"tasks.{name}"
             raise UserError(
                 f"checkpoint {found}: {stream} had {before} images a step, which {shares} cannot share evenly; "
-                f"change one of them, or set {key}.batch_size"
+                f"change one of them, or set {plan.section(name)}.batch_size"
             )
         kept = {"batch_size": before, "batch_size_per_rank": None}
         # Of a set, those too that do not learn here: the recipe is saved, and all of a set's tasks have to agree with it.

@@ -283,7 +283,7 @@ def _measured(model: ModelFile, path: Path, data: Location | None, split: str, o
         folder = plan.folder(task, split)
         if isinstance(folder, Path) and not folder.is_dir():
             raise UserError(
-                f"tasks.{task}: shard folder {folder} does not exist; say where the tasks' shards lie "
+                f"{plan.section(task)}: shard folder {folder} does not exist; say where the tasks' shards lie "
                 "(--data FOLDER), or read what training kept (--stored)"
             )
     check_split(plan, split)

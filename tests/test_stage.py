@@ -14,6 +14,7 @@ from modsquad_ds.config import Recipe, load_recipe
 from modsquad_ds.data.shards import FORMAT
 from modsquad_ds.errors import UserError
 from modsquad_ds.stage import stage
+from small import small_recipe
 
 TASKS = ("digits", "scenes", "textures")
 SPLITS = ("train", "val")
@@ -90,6 +91,9 @@ def test_what_cannot_be_copied_is_named(recipe: Recipe, tmp_path: Path, monkeypa
     for by_url in ("data_root=https://host/shards", "tasks.digits.data=s3://bucket/digits"):
         with pytest.raises(UserError, match=r"tasks\.digits\.data .*://.*/digits: shards that come by URL are kept on each node"):
             stage(load_recipe("quickstart", [f"data_root={recipe.data_root}", by_url]), tmp_path / "disk")
+    views = {"sets": {"views": {"data": "/views", "batch_size": 2}}, "tasks": {"normal": {"set": "views"}}}
+    with pytest.raises(UserError, match=r"sets\.views\.data /views: give it relative to data_root"):
+        stage(small_recipe(**views), tmp_path / "disk")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/digits cannot be written to"):
         stage(recipe, tmp_path / "file")
