@@ -86,6 +86,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Folder or URL of the tasks' shards, not the recipe's data_root.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     pictures: Annotated[bool, typer.Option(help="Also draw RUN/pictures/*.png (run folders and split val only).")] = True,
+    untrained: Annotated[bool, typer.Option(help="Also measure the untrained network, which takes as long again.")] = True,
 ) -> None:
     """Held-out metrics, beside those of the untrained network; writes evaluation.json. Runs on any number of ranks."""
     from modsquad_ds.evaluate import evaluate as measure
@@ -95,7 +96,7 @@ def evaluate(
     from modsquad_ds.tables import information_of, print_results
 
     place = data_option(data)
-    results = measure(run_or_model, place, split)
+    results = measure(run_or_model, place, split, untrained)
     if os.environ.get("RANK", "0") != "0":
         return
     model = read_model(model_path(run_or_model))
@@ -112,7 +113,7 @@ def predict(
     task: Annotated[str, typer.Option(help="Task of the model.")],
     out: Annotated[Path, typer.Option(help="Folder for the drawn pictures and the JSON files.")],
 ) -> None:
-    """Label, boxes or mask of any picture: drawn on it, and as JSON."""
+    """Label, boxes, mask or map of any picture: drawn on or beside it, and as JSON."""
     from modsquad_ds.predict import predict as run
 
     run(model, images, task, out)

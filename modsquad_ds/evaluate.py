@@ -43,12 +43,15 @@ def model_path(run_or_model: Path) -> Path:
     return run_or_model / "model.safetensors" if run_or_model.is_dir() else run_or_model
 
 
-def evaluate(run_or_model: Path, data: Location | None = None, split: str = VAL) -> dict[str, Any]:
+def evaluate(
+    run_or_model: Path, data: Location | None = None, split: str = VAL, untrained: bool = True
+) -> dict[str, Any]:
     """Metrics of a model and of the same network untrained, also written to evaluation.json beside the model file.
 
     Args:
         run_or_model: a run folder, or a model file.
         data: folder or URL that relative `data:` paths of the tasks start from, in place of the recipe's.
+        untrained: measure the untrained network too, which takes as long again.
     """
     path = model_path(run_or_model)
     model = read_model(path)
@@ -59,7 +62,8 @@ def evaluate(run_or_model: Path, data: Location | None = None, split: str = VAL)
     check_same_shards(plan, (split,))
     check_classes(model, plan, split)
     results: dict[str, Any] = evaluate_network(network_of(model, str(path)), recipe, plan, split)
-    results["untrained"] = evaluate_network(build_network(recipe), recipe, plan, split)
+    if untrained:
+        results["untrained"] = evaluate_network(build_network(recipe), recipe, plan, split)
     if ranks.first:
         write_json(path.with_name("evaluation.json"), results)
     launch.stop()
