@@ -44,6 +44,25 @@ def spec_of(recipe: Recipe, task: str) -> SetTask:
 # ---------------------------------------------------------------- the recipe
 
 
+ONE_SIZE = "give exactly one of batch_size (whole step, all ranks) and batch_size_per_rank"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size_per_rank": 2}, f"sets.views: {ONE_SIZE}"),
+        ({"transform": {"crp": 3}}, "sets.views.transform.crp: unknown key; did you mean crop?"),
+        ({"transform": {"flip": 2}}, "sets.views.transform.flip: Input should be less than or equal to 1 (given 2)"),
+    ],
+)
+def test_what_is_wrong_with_a_set_is_said_once(change: dict[str, Any], message: str) -> None:
+    wrong = tree()
+    wrong["sets"]["views"] |= change
+    with pytest.raises(UserError) as caught:
+        recipe_from_tree(wrong, "x")
+    assert str(caught.value) == f"recipe x: {message}"
+
+
 def test_a_task_takes_from_its_set_and_its_row_what_it_does_not_say() -> None:
     other = {"kind": "classification", "data": "d", "num_classes": 5, "batch_size": 8}
     scene = {"set": "views", "loss": "cross_entropy", "loss_weight": 2}
