@@ -32,8 +32,11 @@ def delta_m(results: Results, single: Results) -> float:
     return 100 * fmean(one.gain for one in compare(results, single, "a model of all tasks", "the models of one task"))
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and in brackets least and most."""
+def spread(found: Sequence[float | None], digits: int) -> str:
+    """Mean, and in brackets least and most; a dash where the data could not say for every seed."""
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
+        return "-"
     text = f"{fmean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
@@ -46,9 +49,9 @@ def rows(single: Results, models: Mapping[str, Sequence[Results]]) -> Iterator[s
     for task, metrics in single.items():
         for metric, alone in metrics.items():
             row = MEANINGS[metric]
-            found = [spread([one[task][metric] or 0.0 for one in results], 3) for results in models.values()]
+            found = [spread([one[task][metric] for one in results], 3) for results in models.values()]
             name = f"{metric}, {row.unit}" if row.unit else metric
-            yield f"| {task} | {name} | {'more' if row.higher_is_better else 'less'} | {alone:.3f} | {' | '.join(found)} |"
+            yield f"| {task} | {name} | {'more' if row.higher_is_better else 'less'} | {spread([alone], 3)} | {' | '.join(found)} |"
     gains = [spread([delta_m(one, single) for one in results], 2) for results in models.values()]
     yield f"| **delta-m** | % | more | 0 | {' | '.join(gains)} |"
 
