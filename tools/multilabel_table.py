@@ -51,7 +51,8 @@ def rows(single: Results, models: Mapping[str, Sequence[Results]]) -> Iterator[s
             row = MEANINGS[metric]
             found = [spread([one[task][metric] for one in results], 3) for results in models.values()]
             name = f"{metric}, {row.unit}" if row.unit else metric
-            yield f"| {task} | {name} | {'more' if row.higher_is_better else 'less'} | {spread([alone], 3)} | {' | '.join(found)} |"
+            better = "more" if row.higher_is_better else "less"
+            yield f"| {task} | {name} | {better} | {spread([alone], 3)} | {' | '.join(found)} |"
     gains = [spread([delta_m(one, single) for one in results], 2) for results in models.values()]
     yield f"| **delta-m** | % | more | 0 | {' | '.join(gains)} |"
 
