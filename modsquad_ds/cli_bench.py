@@ -50,15 +50,24 @@ def layer(
 
 
 @bench.command()
-def step(repeat: Annotated[int, _repeat(7)] = 7, json_file: Json = None) -> None:
+def step(
+    repeat: Annotated[int, _repeat(7)] = 7,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where the time of a step goes, packed and with one pass per task.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
     """A training step of a sparse ViT-small with three tasks: packed, one pass per task, and a dense timm ViT.
 
     At 1 rank, and at 2 ranks with the experts spread over both. Memory and FLOPs are those of a step at 1 rank.
     """
-    from modsquad_ds.bench.step import COLUMNS, bench_step
+    from modsquad_ds.bench import step, step_profile
 
     check_json(json_file)
-    _finish("step", bench_step(repeat), COLUMNS, json_file)
+    if profile:
+        _finish("step --profile", step_profile.profile_step(repeat), step_profile.COLUMNS, json_file, step_profile.NOTE)
+    else:
+        _finish("step", step.bench_step(repeat), step.COLUMNS, json_file)
 
 
 @bench.command()
@@ -147,11 +156,12 @@ def worker(name: str, arguments: Path, rows: Path) -> None:
 
 def _worker(name: str) -> Callable[..., list[dict[str, Any]] | None]:
     """What the ranks of a job run: arguments -> rows on the first rank, None on the others."""
-    from modsquad_ds.bench import comm, scaling_step, step
+    from modsquad_ds.bench import comm, scaling_step, step, step_profile
 
     workers: dict[str, Callable[..., list[dict[str, Any]] | None]] = {
         "step": step.measure_step,
         "step_alone": step.measure_alone,
+        "step_profile": step_profile.measure_profile,
         "comm": comm.measure_comm,
         "scaling": scaling_step.measure,
     }
