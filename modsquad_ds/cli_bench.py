@@ -88,6 +88,9 @@ def loader(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
     images: Annotated[int, typer.Option(min=1, help="Fewest images of a round.")] = 64,
     repeat: Annotated[int, _repeat(9)] = 9,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="What an image of the plain classification task costs, part by part.")
+    ] = False,
     output: Json = None,
 ) -> None:
     """Images per second of the training pipeline per process, beside bare decoding of the same files on one core.
@@ -95,10 +98,15 @@ def loader(
     [dim]python -m modsquad_ds bench loader
     python -m modsquad_ds bench loader heterogeneous data_root=/shards[/dim]
     """
+    from modsquad_ds.bench import loader_profile
     from modsquad_ds.bench.loader import measure_loader, print_loader
     from modsquad_ds.bench.measure import write_rows
 
     check_json(output)
+    if profile:
+        rows = loader_profile.profile_loader(recipe, overrides or (), images, repeat)
+        _finish("loader --profile", rows, loader_profile.COLUMNS, output, loader_profile.NOTE)
+        return
     rows = measure_loader(recipe, overrides or (), images, repeat)
     print_loader(rows)
     if output is not None:

@@ -66,7 +66,7 @@ def test_peer_decodes_what_the_pipeline_reads(shards: Path, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(bench, "decode_image", watch)
             decoded.clear()
-            bench._decoder(case.files)()
+            bench.decoder(case.files)()
         assert decoded == case.files
 
 

@@ -91,17 +91,26 @@ def measure_loader(recipe: str | None, overrides: Sequence[str], images: int, re
         images: fewest images of a round.
     Raises UserError where the recipe is wrong or its shards are missing or do not fit.
     """
-    with _one_thread():
-        if recipe is not None:
-            return _measure(loader_plan(load_recipe(recipe, overrides), Ranks()), images, repeat, show)
-        with tempfile.TemporaryDirectory() as folder:
-            write_shards(Path(folder), FILES)
-            changes = [f"data_root={folder}/shards", *overrides]
-            return _measure(loader_plan(load_recipe(PHOTO_RECIPE, changes), Ranks()), images, repeat, show)
+    with one_thread(), measured_plan(recipe, overrides) as plan:
+        return _measure(plan, images, repeat, show)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def measured_plan(recipe: str | None, overrides: Sequence[str]) -> Iterator[LoaderPlan]:
+    """The plan of a recipe, or inside the block that of photographs. Raises UserError as `measure_loader`."""
+    if recipe is not None:
+        plan = loader_plan(load_recipe(recipe, overrides), Ranks())
+        check_data(plan, splits=(TRAIN,))
+        yield plan
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), FILES)
+        with measured_plan(PHOTO_RECIPE, [f"data_root={folder}/shards", *overrides]) as plan:
+            yield plan
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     """One thread for torch's operators, as in a worker process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,13 +121,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _measure(plan: LoaderPlan, images: int, repeat: int, show: bool) -> list[Row]:
-    check_data(plan, splits=(TRAIN,))
     cases = list(cases_of(plan, images))
     runs: dict[str, Callable[[], Any]] = {}
     for case in cases:
         record_files(case)
         runs[case.name] = _runner(case)
-        runs[_peer(case)] = _decoder(case.files)
+        runs[_peer(case)] = decoder(case.files)
         runs[_finish(case)] = _finisher(case.batches)
     seconds = interleave(runs, repeat, warmup=1, label="loader", show=show)
     return with_environment([_row(case, seconds) for case in cases])
@@ -183,14 +191,15 @@ def record_files(case: Case) -> None:
     case.files = files
 
 
-def _run(dataset: StepDataset, steps: range) -> None:
+def run_steps(dataset: StepDataset, steps: range) -> None:
+    """Make the batches and keep none."""
     for step in steps:
         dataset[step]
 
 
 def _runner(case: Case) -> Callable[[], Any]:
     dataset = StepDataset(case.plan)
-    return (lambda: _through_workers(case, dataset)) if case.workers else (lambda: _run(dataset, case.steps))
+    return (lambda: _through_workers(case, dataset)) if case.workers else (lambda: run_steps(dataset, case.steps))
 
 
 def _through_workers(case: Case, dataset: StepDataset) -> Seconds:
@@ -203,7 +212,8 @@ def _through_workers(case: Case, dataset: StepDataset) -> Seconds:
     return Seconds(time.perf_counter() - began)
 
 
-def _decoder(files: Sequence[bytes]) -> Callable[[], Any]:
+def decoder(files: Sequence[bytes]) -> Callable[[], Any]:
+    """Bare decoding of the files, none of whose images is kept."""
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
 
     def decode() -> None:

@@ -55,7 +55,7 @@ class _Stream:
         return derive_seed("sample", self.plan.seed, self.name, place.epoch, position)
 
 
-class _TaskStream(_Stream):
+class TaskStream(_Stream):
     """A task with images of its own."""
 
     def __init__(self, plan: LoaderPlan, name: str) -> None:
@@ -97,7 +97,7 @@ class _SetStream(_Stream):
         self.transform = transform
 
     def batch(self, step: int, stream_step: int, micro: int) -> SubBatch:
-        """As `_TaskStream.batch`. A rank's images are those that `deal` gives it."""
+        """As `TaskStream.batch`. A rank's images are those that `deal` gives it."""
         plan, everyone = self.plan, self.positions(stream_step, micro)
         self.announce(everyone[0])
         places = [self.order.locate(position) for position in everyone]
@@ -121,8 +121,8 @@ class _SetStream(_Stream):
         return tuple(row.field in fields for row in self.rows.values())
 
 
-def _stream(plan: LoaderPlan, name: str) -> _TaskStream | _SetStream:
-    return _TaskStream(plan, name) if plan.tasks[plan.streams[name][0]].stream is None else _SetStream(plan, name)
+def _stream(plan: LoaderPlan, name: str) -> TaskStream | _SetStream:
+    return TaskStream(plan, name) if plan.tasks[plan.streams[name][0]].stream is None else _SetStream(plan, name)
 
 
 class StepDataset(Dataset[Batch]):

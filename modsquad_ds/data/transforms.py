@@ -78,7 +78,7 @@ def channels_apart(image: Tensor) -> Tensor:
     return fill(torch.empty(image.shape, dtype=torch.uint8), image)
 
 
-def _contiguous(image: Tensor) -> Tensor:
+def contiguous(image: Tensor) -> Tensor:
     """A window of an image in memory of its own, in the order of axes that the decoder gave it: resizing is fastest then."""
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if image.stride(0) == 1 else image.contiguous()
 
@@ -123,7 +123,8 @@ class _Augmentation(NamedTuple):
 
 
 @functools.lru_cache
-def _augmentation(spec: ClassificationTransform, pixels: Pixels) -> _Augmentation:
+def augmentation(spec: ClassificationTransform, pixels: Pixels) -> _Augmentation:
+    """Made once for a task: making them costs more than calling them."""
     crop = v2.RandomResizedCrop(spec.image_size, spec.scale, spec.ratio)
     color = erasing = None
     if spec.rand_augment_ops:
@@ -149,11 +150,11 @@ def classification_train(
     sample: Decoded, spec: ClassificationTransform, pixels: Pixels, canvas: Size, out: Tensor | None = None
 ) -> Ready:
     """RandomResizedCrop, flip, RandAugment; RandomErasing's noise is drawn, not yet placed. Target: `label` int."""
-    crop, color, erasing = _augmentation(spec, pixels)
+    crop, color, erasing = augmentation(spec, pixels)
     place = crop.make_params([sample.image])
     top, left, height, width = (place[name] for name in ("top", "left", "height", "width"))
     # torch resizes an image a third faster than a window of one.
-    window = _contiguous(sample.image[:, top : top + height, left : left + width])
+    window = contiguous(sample.image[:, top : top + height, left : left + width])
     image = F.resize(window, list(canvas), interpolation=InterpolationMode.BICUBIC, antialias=True)
     if torch.rand(()) < spec.flip:
         image = image.flip(-1)
