@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from commands import run_command
-from modsquad_ds.bench import comm, step
+from modsquad_ds import cli
+from modsquad_ds.bench import comm, step, step_profile
 from modsquad_ds.bench.jobs import TAIL, JobError, last_lines, run_job
 from modsquad_ds.bench.layer import DENSE, EXPERTS, SHARES, TOP_K, choices, layer_cases, sparse_layer, task_segments
 from modsquad_ds.bench.layer_profile import AROUND, BETWEEN, OTHER, PARTS, PRODUCTS, WHOLE, parts_of, profile_layer
@@ -27,6 +29,7 @@ from modsquad_ds.bench.workload import PACKED, PER_TASK, VARIANTS, Workload
 from modsquad_ds.model import cached
 from modsquad_ds.parallel import launch
 from modsquad_ds.parallel.stock import StockLayer, offset_towards
+from modsquad_ds.parallel.traffic import Call, Traffic
 
 ROOT = Path(__file__).parents[1]
 SMALL = Workload({"classes": (8, 32), "boxes": (4, 48), "masks": (4, 32)}, "tiny")._asdict()
@@ -211,6 +214,69 @@ def test_a_step_of_every_variant() -> None:
     assert [row["case"] for row in rows] == list(VARIANTS) and {row["ranks"] for row in rows} == {2}
     assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"])
     assert rows[0]["tokens"] == 8 * 4 + 4 * 9 + 4 * 4
+
+
+def test_parts_of_a_step_by_hand() -> None:
+    """Two passes: rows in both, then gradients reduced inside the last backward pass, then the optimizer and a sum."""
+    span, traffic = step_profile.Span, Traffic()
+    for kind, deepspeed, seconds in [
+        ("rows", False, 1.0), ("all_reduce", False, 0.5), ("rows", False, 2.0), ("counts", False, 0.25), ("rows", False, 4.0),
+        ("all_reduce", True, 8.0), ("all_gather", True, 16.0),
+    ]:  # fmt: skip
+        traffic.calls.append(Call(kind, deepspeed, 2, 1, 4, seconds))
+    spans = [
+        span("forward", 3.0, 1.5, 0, 1), span("backward", 5.0, 2.0, 2, 3), span("step", 0.0, 0.0, 3, 3),
+        span("forward", 1.25, 1.0, 3, 4), span("allreduce_gradients", 9.0, 0.5, 5, 6), span("backward", 20.0, 6.5, 4, 6),
+        span("step", 32.0, 3.0, 6, 7),
+    ]  # fmt: skip
+    found = step_profile.parts_of(spans, span(step_profile.WHOLE, 64.0, 16.0, 0, 7), traffic)
+    assert tuple(found) == step_profile.PARTS
+    assert list(found.values()) == [
+        {"seconds": 3.0 + 1.25 - 1.25, "cpu": 2.5, "calls": 0},
+        {"seconds": 25.0 - 9.0 - 6.0, "cpu": 8.0, "calls": 0},
+        {"seconds": 7.25, "calls": 4},
+        {"seconds": 9.0, "cpu": 0.5, "calls": 1},
+        {"seconds": 32.0, "cpu": 3.0, "calls": 1},
+        {"seconds": 64.0 - 3.0 - 10.0 - 7.25 - 9.0 - 32.0, "cpu": 2.0, "calls": 1},
+        {"seconds": 64.0, "cpu": 16.0, "calls": 7},
+    ]
+
+
+def test_rows_of_a_step_profile_by_hand() -> None:
+    """Of each round the mean over two ranks, then the median; what is saved is of each round too."""
+
+    def steps(*seconds: float) -> list[step_profile.Step]:
+        return [{part: {"seconds": s, "cpu": s / 2, "calls": 3} for part in step_profile.PARTS} for s in seconds]
+
+    packed, per_task = {PACKED: steps(1, 2, 5), PER_TASK: steps(2, 4, 8)}, {PACKED: steps(3, 2, 5), PER_TASK: steps(4, 4, 8)}
+    rows = {row["part"]: row for row in step_profile.rows_of([packed, per_task])}
+    assert tuple(rows) == step_profile.PARTS
+    expected = {"packed": 2.0, "packed_cpu": 1.0, "packed_calls": 3, "per_task": 4.0, "per_task_cpu": 2.0, "per_task_calls": 3}
+    assert rows[step_profile.FORWARD] == {"part": step_profile.FORWARD, **expected, "saved": 0.6}, "of 1/2, 2/2 and 3/5"
+    assert "packed_cpu" not in rows[step_profile.DISPATCH]
+
+
+def test_profile_of_a_step_has_all_parts() -> None:
+    with mock.patch.dict(os.environ):
+        rows = {row["part"]: row for row in step_profile.measure_profile(1, 1, **SMALL) or ()}
+    assert tuple(rows) == step_profile.PARTS and {(row["ranks"], row["tokens"]) for row in rows.values()} == {(1, 84)}
+    for case in ("packed", "per_task"):
+        assert sum(rows[part][case] for part in step_profile.PARTS[:-1]) == pytest.approx(rows[step_profile.WHOLE][case])
+        assert min(rows[part][case] for part in step_profile.PARTS if part != step_profile.DISPATCH) > 0
+        # One rank sends no rows; DeepSpeed reduces gradients and gathers weights all the same, once however many passes.
+        assert rows[step_profile.DISPATCH][f"{case}_calls"] == rows[step_profile.OTHER][f"{case}_calls"] == 0
+        assert rows[step_profile.REDUCTION][f"{case}_calls"] == 1
+
+
+def test_profile_command_prints_and_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"tokens": 84, "ranks": 2, "part": step_profile.FORWARD, "packed": 1.0, "per_task": 1.5, "saved": 0.123}
+    monkeypatch.setattr(step_profile, "profile_step", lambda repeat: [told | {"repeat": repeat}])
+    file = tmp_path / "rows.json"
+    found = CliRunner().invoke(cli.app, ["bench", "step", "--profile", "--repeat", "4", "--json", str(file)])
+    assert found.exit_code == 0 and "0.123" in found.output, found.output
+    (row,) = json.loads(file.read_text())
+    assert row["bench"] == "step --profile" and row["repeat"] == 4 and row.items() >= told.items()
+    assert "--profile" in CliRunner().invoke(cli.app, ["bench", "step", "--help"], env={"COLUMNS": "200"}).output
 
 
 def test_equal_active_flops_and_the_peak_of_a_step() -> None:

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from typer.testing import CliRunner
 
+from modsquad_ds import cli
 from modsquad_ds.bench import loader as bench
+from modsquad_ds.bench import loader_profile as profile
 from modsquad_ds.bench.photos import LOOKS, write_shards
 from modsquad_ds.config import load_recipe
 from modsquad_ds.data.decode import decode_rgb
 from modsquad_ds.data.loader import StepDataset
 from modsquad_ds.data.loader_plan import LoaderPlan
 from modsquad_ds.data.shards import ShardSet
+from modsquad_ds.errors import UserError
 from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.plan import loader_plan
 from test_cli import run
@@ -112,6 +116,55 @@ def test_command_prints_and_writes_rows(shards: Path, tmp_path: Path) -> None:
     assert [row["case"] for row in rows] == ["imagenet, plain", "imagenet", "imagenet, plain, worker"]
     assert all(row["bench"] == "loader" and row["torch"] for row in rows)
     assert all(row["beyond"] in found.stdout for row in rows)
+
+
+# ---------------------------------------------------------------- profile
+
+
+def test_the_clock_splits_time_up_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 11.0, 13.0, 17.0])
+    monkeypatch.setattr(profile.time, "process_time", lambda: next(now))
+    clock = profile.Clock()
+    for part in (profile.READ, profile.DECODED, profile.READ):
+        clock.tell(part)
+    assert {part: spent for part, spent in clock.spent.items() if spent} == {profile.READ: 1.0 + 4.0, profile.DECODED: 2.0}
+
+
+def test_rows_of_a_profile_by_hand() -> None:
+    rounds = [dict.fromkeys(profile.PARTS, 2e-3) | {profile.WHOLE: whole} for whole in (3e-3, 5e-3, 4e-3)]
+    rows = {row["part"]: row for row in profile.rows_of(rounds, images=2)}
+    assert tuple(rows) == profile.PARTS
+    whole = rows[profile.WHOLE]
+    assert [whole[f"microseconds{end}"] for end in ("", "_min", "_max")] == pytest.approx([2000, 1500, 2500])
+    assert whole["ratio"] == pytest.approx(2.0) and rows[profile.BARE]["ratio"] == 1.0
+
+
+def test_profile_command_times_every_part_and_writes_rows(shards: Path, tmp_path: Path) -> None:
+    """That the batches whose parts are timed are the loader's is checked by the command itself."""
+    file = tmp_path / "rows.json"
+    arguments = ["bench", "loader", "heterogeneous", f"data_root={shards}", *SMALL, "--images", "3", "--repeat", "1"]
+    found = CliRunner().invoke(cli.app, [*arguments, "--profile", "--json", str(file)])
+    assert found.exit_code == 0, found.output
+    rows = {row["part"]: row for row in json.loads(file.read_text())}
+    assert tuple(rows) == profile.PARTS and all(part in found.output for part in rows)
+    assert min(row["microseconds"] for row in rows.values()) > 0
+    assert {(row["bench"], row["case"], row["images"]) for row in rows.values()} == {("loader --profile", "imagenet, plain", 4)}
+    assert sum(rows[part]["microseconds"] for part in profile.STAGES) == pytest.approx(rows[profile.SUM]["microseconds"])
+    assert "--profile" in CliRunner().invoke(cli.app, ["bench", "loader", "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_profile_of_something_else_than_the_loader_is_noticed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "contiguous", lambda image: image.flip(-1))
+    with pytest.raises(AssertionError, match="no longer does what the loader does"):
+        profile.profile_loader("heterogeneous", [f"data_root={shards}", *SMALL], images=1, repeat=1)
+
+
+def test_profile_needs_a_classification_task(shards: Path) -> None:
+    with pytest.raises(UserError, match="--profile: takes the loading of a classification task apart, and the recipe has none"):
+        profile.profile_loader("heterogeneous", [f"data_root={shards}", "only=[coco]"], images=1, repeat=1)
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
