@@ -142,7 +142,8 @@ def _staged(stream: TaskStream, case: Case) -> Spent:
 
 def staged_batch(stream: TaskStream, micro_step: int, clock: Clock) -> SubBatch:
     """The batch of a task without changes of colour and content, as `TaskStream.batch` makes it; the clock is told every part."""
-    plan, spec, canvas = stream.plan, stream.spec, _canvas(stream)
+    plan, spec, canvas, transform = stream.plan, stream.spec, _canvas(stream), stream.spec.transform
+    assert isinstance(transform, ClassificationTransform)
     everyone = stream.positions(*divmod(micro_step, plan.accumulation))
     positions = everyone[rank_slice(len(everyone), plan.rank, plan.world)]
     stream.announce(positions[0])
@@ -157,7 +158,7 @@ def staged_batch(stream: TaskStream, micro_step: int, clock: Clock) -> SubBatch:
         clock.tell(DECODED)
         with seeded(stream.sample_seed(place, position)):
             clock.tell(SEEDED)
-            samples.append(staged_sample(decoded, spec.transform, plan.pixels, canvas, image, clock))
+            samples.append(staged_sample(decoded, transform, plan.pixels, canvas, image, clock))
         clock.tell(SEEDED)
         keys.append(raw.key)
     batch = collate_classification(samples, keys, plan.pixels, images)

@@ -21,19 +21,20 @@ from modsquad_ds.parallel.ranks import Ranks
 from modsquad_ds.parallel.traffic import Traffic, counted, total
 
 FORWARD, BACKWARD, DISPATCH = "forward", "backward", "all-to-alls"
-REDUCTION, OPTIMIZER, OTHER, WHOLE = "gradient reduction", "optimizer", "losses, the rest", "whole step"
+REDUCTION, OPTIMIZER, OTHER, WHOLE = "gradients summed", "optimizer", "losses, the rest", "whole step"
 PARTS = (FORWARD, BACKWARD, DISPATCH, REDUCTION, OPTIMIZER, OTHER, WHOLE)
 WATCHED = ("forward", "backward", "allreduce_gradients", "step")
 """Methods of DeepSpeed's engine that a training step calls; the third is called by the second."""
 COLUMNS = {
     "tokens": "tokens", "ranks": "ranks", "part": "part", "packed": "packed,\ns", "packed_cpu": "CPU s",
-    "packed_calls": "coll-\nectives", "per_task": "per task,\ns", "per_task_cpu": "CPU s", "per_task_calls": "coll-\nectives",
-    "saved": "saved /\nwhole",
+    "packed_calls": "calls", "per_task": "per\ntask, s", "per_task_cpu": "CPU s", "per_task_calls": "calls",
+    "saved": "saved", "saved_cpu": "CPU",
 }  # fmt: skip
 NOTE = (
     "Of a step; medians of rounds in which both take turns, means over ranks. Forward and backward: without the all-to-alls in "
-    "them, which include waiting for slower ranks. CPU s: of all threads of a rank, also those that send. Collectives: calls of "
-    "a rank. Saved: per task less packed, of each round, as a share of the whole packed step."
+    "them, which include waiting for slower ranks. CPU s: of all threads of a rank, also those that send, so what a machine with "
+    "other work leaves to go by. Calls: a rank's collectives. Saved: per task less packed, of each round, as a share of the "
+    "whole packed step; the same of CPU seconds."
 )
 WARMUP = 2
 """Rounds that are dropped."""
@@ -160,20 +161,26 @@ def _together(name: str, spans: Sequence[Span]) -> dict[str, float]:
 
 def rows_of(by_rank: Sequence[Mapping[str, Sequence[Step]]]) -> list[Row]:
     """A row per part from the steps of all ranks: medians over rounds of means over ranks."""
-    fields = {"packed": PACKED, "per_task": PER_TASK}
-    whole = _means(by_rank, PACKED, WHOLE, "seconds")
     rows: list[Row] = []
     for part in PARTS:
         row: Row = {"part": part}
-        for field, case in fields.items():
+        for field, case in {"packed": PACKED, "per_task": PER_TASK}.items():
             row[field] = statistics.median(_means(by_rank, case, part, "seconds"))
             row[f"{field}_calls"] = round(statistics.median(_means(by_rank, case, part, "calls")))
             if part != DISPATCH:
                 row[f"{field}_cpu"] = statistics.median(_means(by_rank, case, part, "cpu"))
-        packed, per_task = (_means(by_rank, case, part, "seconds") for case in fields.values())
-        saved = [(more - less) / step for more, less, step in zip(per_task, packed, whole, strict=True)]
-        rows.append(row | {"saved": statistics.median(saved)})
+        row["saved"] = _saved(by_rank, part, "seconds")
+        if part != DISPATCH:
+            row["saved_cpu"] = _saved(by_rank, part, "cpu")
+        rows.append(row)
     return rows
+
+
+def _saved(by_rank: Sequence[Mapping[str, Sequence[Step]]], part: str, key: str) -> float:
+    """What packing saves of a part, as a share of the whole packed step, to a thousandth: the median over rounds."""
+    per_task, packed = (_means(by_rank, case, part, key) for case in (PER_TASK, PACKED))
+    whole = _means(by_rank, PACKED, WHOLE, key)
+    return round(statistics.median((more - less) / step for more, less, step in zip(per_task, packed, whole, strict=True)), 3)
 
 
 def _means(by_rank: Sequence[Mapping[str, Sequence[Step]]], case: str, part: str, key: str) -> list[float]:
