@@ -113,8 +113,10 @@ def _tell(costs: Mapping[str, Sequence[Costs]], measured: _Measured | None, out:
             print_costs(title, rows)
             continue
         metric = metrics_of(measured.plan.tasks[task])[0]
+        name = metric_name(measured.plan.tasks[task], metric)
+        title += f"; {name}" if name != metric else ""  # a heading of that length would cut the columns of numbers
         values = {"full": measured.full[task][metric], "extracted": measured.part[task][metric]}
-        print_costs(title, rows, values, metric_name(measured.plan.tasks[task], metric))
+        print_costs(title, rows, values, metric)
 
 
 def _check_tasks(model: ModelFile, tasks: Sequence[str]) -> None:
