@@ -98,7 +98,7 @@ def own_module(name: str) -> str | None:
 
 
 def import_faults(source: str, module: str) -> list[str]:
-    """Imports that point upwards, sideways into another package, or at what another room owns."""
+    """Imports that point upwards, sideways into another package, at what another room owns, or at a private name."""
     faults = []
     own, room = rung(module), module.split(".")[0]
     for line, name in imports(source, module):
@@ -108,6 +108,8 @@ def import_faults(source: str, module: str) -> list[str]:
         target = own_module(name)
         if not target or target == module:
             continue
+        if name.split(".")[-1].startswith("_"):
+            faults.append(f"{module}:{line} imports {name}, which is private to its module")
         other, other_room = rung(target), target.split(".")[0]
         if own is None or other is None:
             faults.append(f"{module}:{line}: {module if own is None else target} has no rung in tests/test_layers.py")
@@ -234,6 +236,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         ("train", "import torch\ntorch.distributed.barrier()", "train:2 imports torch.distributed: only parallel may"),
         ("train", "from torch import distributed", "train:1 imports torch.distributed: only parallel may"),
         ("model.vit", "from webdataset import WebDataset", "model.vit:1 imports webdataset.WebDataset: only data may"),
+        ("data.taskonomy", "from .sources import _files", "data.taskonomy:1 imports modsquad_ds.data.sources._files, which is"),
         ("newcomer", "from modsquad_ds import errors", "newcomer:1: newcomer has no rung"),
     ],
 )

@@ -25,9 +25,9 @@ from torchvision.io import encode_png
 
 from modsquad_ds.data.mat_file import Value, read_mat
 from modsquad_ds.data.png_check import PALETTE, header_of
-from modsquad_ds.data.samples import BadSample, BadSampleError, Sample, Size, _by, _read
+from modsquad_ds.data.samples import BadSample, BadSampleError, Sample, Size, read_file, size_text
 from modsquad_ds.data.set_samples import Encoded, chosen_targets, read_image, read_map
-from modsquad_ds.data.sources import Options, Source, _files, _lines, _usable
+from modsquad_ds.data.sources import Options, Source, files_in, lines_of, usable
 from modsquad_ds.data.target_files import mask_png
 from modsquad_ds.errors import UserError
 from modsquad_ds.targets import IGNORE_CLASS, PART_CLASSES, PASCAL_CONTEXT, TARGETS, VALID_FIELD, VOC_CLASSES
@@ -119,14 +119,14 @@ def read_pascal_context(src: Path, split: str, options: Options) -> Source:
         else:
             samples.append(Sample(name, image, label))
     details = {"source_split": split}
-    return Source(MULTILABEL, "pascal_context", src, split, (), _usable(samples, bad), tuple(bad), details, targets)
+    return Source(MULTILABEL, "pascal_context", src, split, (), usable(samples, bad), tuple(bad), details, targets)
 
 
 def _ids(folder: Path, split: str) -> list[str]:
     path = folder / f"{split}.txt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected the ids of a split there, one a line (PASCAL_MT has train and val)")
-    ids = [line.strip() for line in _lines(path)]
+    ids = [line.strip() for line in lines_of(path)]
     twice = next((name for name, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{path} lists {twice!r} twice: an image can be in a split only once")
@@ -138,7 +138,7 @@ def _ids(folder: Path, split: str) -> list[str]:
 def _names(src: Path, place: str) -> set[str] | None:
     """Paths below `src` of the files in the folder of `place`; None if there is no such folder."""
     folder = place.rpartition("/")[0]
-    return {f"{folder}/{name}" for name in _files(src / folder)} if (src / folder).is_dir() else None
+    return {f"{folder}/{name}" for name in files_in(src / folder)} if (src / folder).is_dir() else None
 
 
 def _first_of_each(src: Path, target: str, places: Sequence[str], ids: Iterable[str]) -> dict[str, str]:
@@ -275,7 +275,7 @@ def human_parts(anno: Value, file: str, size: Size) -> NDArray[np.uint8]:
 
 def _variable(root: Path, file: str, name: str) -> Value:
     try:
-        return read_mat(_read(root, file), name)
+        return read_mat(read_file(root, file), name)
     except ValueError as error:
         raise BadSampleError(file, str(error)) from error
 
@@ -301,5 +301,5 @@ def _matrix(value: Value, name: str, file: str, size: Size) -> NDArray[Any]:
         raise BadSampleError(file, f"{name} is no matrix of numbers")
     found = (value.shape[0], value.shape[1])
     if found != size:
-        raise BadSampleError(file, f"{name} has {_by(found)} pixels (width x height), its image has {_by(size)}")
+        raise BadSampleError(file, f"{name} has {size_text(found)} pixels (width x height), its image has {size_text(size)}")
     return value

@@ -112,7 +112,7 @@ def _is_portable(name: str) -> bool:
 
 def encode(sample: Sample, root: Path, labels: Labels) -> dict[str, bytes]:
     """Read and check one sample completely; return its members, field -> bytes. Raises BadSampleError."""
-    data = _read(root, sample.image)
+    data = read_file(root, sample.image)
     picture = examine(data, sample.image)
     image_field = IMAGE_EXTENSIONS[Path(sample.image).suffix.lower()]
     label = _LABEL_ENCODERS[labels.kind](sample, root, labels, picture)
@@ -150,7 +150,8 @@ def _short(error: Exception) -> str:
     return rest.partition(", ")[2] or line if mark else line
 
 
-def _read(root: Path, file: str) -> bytes:
+def read_file(root: Path, file: str) -> bytes:
+    """Content of a file below the source folder. BadSampleError if it cannot be read."""
     try:
         return (root / file).read_bytes()
     except FileNotFoundError as error:
@@ -167,14 +168,15 @@ def _lies_stored(label: str, size: Size, picture: Picture) -> bool:
     """
     stored = picture.size if picture.orientation < 5 else picture.size[::-1]
     if size not in (stored, picture.size):
-        raise BadSampleError(picture.file, f"{label} {_by(size)} pixels (width x height), the file has {_by(stored)}")
+        raise BadSampleError(picture.file, f"{label} {size_text(size)} pixels (width x height), the file has {size_text(stored)}")
     if picture.orientation != 1 and stored == picture.size:
         reason = f"EXIF orientation {picture.orientation}: its label may mean the stored or the upright pixels"
         raise BadSampleError(picture.file, f"{reason}, nothing tells which: turn the pixels for good and drop the tag")
     return size != picture.size
 
 
-def _by(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """Width x height, as people say it."""
     return f"{size[1]}x{size[0]}"
 
 
@@ -252,7 +254,7 @@ def turn_mask(mask: Tensor, orientation: int) -> Tensor:
 def _encode_mask(sample: Sample, root: Path, labels: Labels, picture: Picture) -> bytes:
     """Mask with zero reduced (0 -> 255, v -> v-1, 255 stays) as a single-channel 8-bit PNG."""
     file: str = sample.label
-    data = _read(root, file)
+    data = read_file(root, file)
     if not data:
         raise BadSampleError(file, "mask is empty (0 bytes)")
     try:

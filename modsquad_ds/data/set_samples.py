@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from modsquad_ds.data.samples import BadSample, BadSampleError, Size, _by, _read, examine
+from modsquad_ds.data.samples import BadSample, BadSampleError, Size, examine, read_file, size_text
 from modsquad_ds.data.target_files import decode_target_png, npy_bytes, read_npy
 from modsquad_ds.errors import UserError
 from modsquad_ds.targets import IGNORE_CLASS, Target
@@ -58,7 +58,7 @@ def chosen_targets(
 
 def read_image(root: Path, file: str) -> SetImage:
     """Read an image that many labels lie on. BadSampleError if it does not decode, or would have to be turned."""
-    data = _read(root, file)
+    data = read_file(root, file)
     picture = examine(data, file)
     if picture.orientation != 1:
         reason = f"EXIF orientation {picture.orientation}: its labels may mean the stored or the upright pixels"
@@ -68,20 +68,20 @@ def read_image(root: Path, file: str) -> SetImage:
 
 def read_map(root: Path, file: str, row: Target, size: Size) -> tuple[bytes, Tensor]:
     """A target's PNG: its bytes and its values `[C, H, W]`. BadSampleError if it is damaged, or of another format or size."""
-    data = _read(root, file)
+    data = read_file(root, file)
     try:
         values = decode_target_png(data, row.stored, deep=True)
     except ValueError as error:
         raise BadSampleError(file, str(error)) from error
     found = (values.shape[1], values.shape[2])
     if found != size:
-        raise BadSampleError(file, f"has {_by(found)} pixels (width x height), its image has {_by(size)}")
+        raise BadSampleError(file, f"has {size_text(found)} pixels (width x height), its image has {size_text(size)}")
     return data, values
 
 
 def read_scores(root: Path, file: str, row: Target) -> bytes:
     """A target's `.npy` as the float32 probabilities that a shard holds. BadSampleError if it is damaged or does not fit."""
-    data = _read(root, file)
+    data = read_file(root, file)
     try:
         return npy_bytes(probabilities(torch.from_numpy(read_npy(data).astype("float64")), row.channels))
     except ValueError as error:

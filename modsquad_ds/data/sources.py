@@ -62,7 +62,8 @@ class Source:
 # ---------------------------------------------------------------- listing
 
 
-def _files(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
+    """Names of a folder's files, sorted."""
     return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
 
 
@@ -88,7 +89,7 @@ def _stem(name: str) -> str:
     return name[: len(name) - len(Path(name).suffix)]
 
 
-def _usable(samples: Iterable[Sample], bad: list[BadSample]) -> tuple[Sample, ...]:
+def usable(samples: Iterable[Sample], bad: list[BadSample]) -> tuple[Sample, ...]:
     """Samples sorted by key. Those whose key cannot be stored, or was taken by an earlier file, go to `bad` instead."""
     taken: dict[str, Sample] = {}
     for sample in sorted(samples, key=lambda sample: (sample.key, sample.image)):
@@ -118,19 +119,19 @@ def read_imagenet(src: Path, split: str) -> Source:
     root = src / prefix
     classes = _folders(root)
     bad: list[BadSample] = [
-        BadSample(prefix + name, "image lies outside a class folder") for name in _images(_files(root), prefix, [])
+        BadSample(prefix + name, "image lies outside a class folder") for name in _images(files_in(root), prefix, [])
     ]
     samples = []
     for label, name in enumerate(classes):
         below = f"{prefix}{name}/"
         bad += [BadSample(below + inner, "folder inside a class folder") for inner in _folders(root / name)]
-        for image in _images(_files(root / name), below, bad):
+        for image in _images(files_in(root / name), below, bad):
             samples.append(Sample(f"{name}/{_stem(image)}", below + image, label))
     if not samples:
         wanted = f"{src / split}/<class folder>/*.JPEG (or {src}/<class folder>/*.JPEG)"
         raise UserError(f"no image in a class folder of {root} for split {split!r}: expected {wanted}")
     details = {"source_split": prefix.rstrip("/")}
-    return Source(CLASSIFICATION, "imagenet", src, split, tuple(classes), _usable(samples, bad), tuple(bad), details)
+    return Source(CLASSIFICATION, "imagenet", src, split, tuple(classes), usable(samples, bad), tuple(bad), details)
 
 
 # ---------------------------------------------------------------- coco
@@ -158,7 +159,7 @@ def read_coco(src: Path, split: str) -> Source:
     samples = [Sample(_stem(Path(name).name), f"{found}/{name}", record) for name, record in kept]
     details = {"source_split": found, "category_ids": list(categories), "annotation_file": file}
     classes = tuple(categories.values())
-    return Source(DETECTION, "coco", src, split, classes, _usable(samples, bad), tuple(bad), details)
+    return Source(DETECTION, "coco", src, split, classes, usable(samples, bad), tuple(bad), details)
 
 
 def _coco_json(path: Path) -> dict[str, Any]:
@@ -275,8 +276,8 @@ def read_ade20k(src: Path, split: str) -> Source:
         raise UserError(f"{src / 'annotations' / found} does not exist: expected the masks of images/{found} there")
     bad: list[BadSample] = []
     image_prefix, mask_prefix = f"images/{found}/", f"annotations/{found}/"
-    images = _images(_files(src / image_prefix), image_prefix, bad)
-    masks = {_stem(name): name for name in _files(src / mask_prefix) if Path(name).suffix.lower() == ".png"}
+    images = _images(files_in(src / image_prefix), image_prefix, bad)
+    masks = {_stem(name): name for name in files_in(src / mask_prefix) if Path(name).suffix.lower() == ".png"}
     stems = {_stem(name) for name in images}
     samples = []
     for name in images:
@@ -288,14 +289,14 @@ def read_ade20k(src: Path, split: str) -> Source:
         if stem not in stems:
             bad.append(BadSample(mask_prefix + name, f"mask has no image {image_prefix}{stem}.jpg"))
     details = {"source_split": found, "reduce_zero_label": True}
-    return Source(SEGMENTATION, "ade20k", src, split, _ade20k_classes(src), _usable(samples, bad), tuple(bad), details)
+    return Source(SEGMENTATION, "ade20k", src, split, _ade20k_classes(src), usable(samples, bad), tuple(bad), details)
 
 
 def _ade20k_classes(src: Path) -> tuple[str, ...]:
     """Names from `objectInfo150.txt` (tab separated, last column `Name`), `classes.txt` (one a line), or made up."""
     table, plain = src / "objectInfo150.txt", src / "classes.txt"
     if table.is_file():
-        rows = [line.split("\t") for line in _lines(table)]
+        rows = [line.split("\t") for line in lines_of(table)]
         if not rows or rows[0][-1].strip() != "Name":
             raise UserError(f"{table}, line 1: expected ADE20K's header, tab separated, last column 'Name'")
         for place, row in enumerate(rows[1:], start=1):
@@ -303,7 +304,7 @@ def _ade20k_classes(src: Path) -> tuple[str, ...]:
                 raise UserError(f"{table}, line {place + 1}: index is {row[0].strip()!r}, expected {place}")
         names = tuple(row[-1].strip() for row in rows[1:])
     elif plain.is_file():
-        names = tuple(line.strip() for line in _lines(plain))
+        names = tuple(line.strip() for line in lines_of(plain))
     else:
         names = tuple(f"class_{number:03d}" for number in range(ADE20K_CLASSES))
     if not 0 < len(names) < IGNORE_INDEX:
@@ -312,7 +313,8 @@ def _ade20k_classes(src: Path) -> tuple[str, ...]:
     return names
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text file that are not blank. UserError if it is not UTF-8."""
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modsquad_ds.data.samples import IMAGE_EXTENSIONS, BadSample, BadSampleError, Sample, Size
 from modsquad_ds.data.set_samples import Encoded, chosen_targets, classes_from_one, read_image, read_map, read_scores
-from modsquad_ds.data.sources import Options, Source, _files, _usable
+from modsquad_ds.data.sources import Options, Source, files_in, usable
 from modsquad_ds.data.target_files import mask_png
 from modsquad_ds.errors import UserError
 from modsquad_ds.targets import DEPTH_HOLE, TARGETS, TASKONOMY, TASKONOMY_MORE, VALID_FIELD, Target
@@ -70,7 +70,7 @@ def read_taskonomy(src: Path, split: str, options: Options) -> Source:
         "buildings": sorted(wanted.keys() - FORBIDDEN),
         "left_out": {building: FORBIDDEN[building] for building in sorted(wanted.keys() & FORBIDDEN)},
     }
-    samples = _usable(views.samples, views.bad)
+    samples = usable(views.samples, views.bad)
     return Source(MULTILABEL, "taskonomy", src, split, (), samples, tuple(views.bad), details, targets)
 
 
@@ -177,7 +177,7 @@ class _Views:
             return None
         domain, extensions = DOMAINS.get(task, task), _extensions(task)
         views: dict[str, str] = {}
-        for name in _files(folder):
+        for name in files_in(folder):
             match = _FILE.fullmatch(name)
             file = f"{task}/{self.below}{building}/{name}"
             if match is None and not name.startswith("point_"):
