@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 from skimage.morphology import thin
 
 from modsquad_ds.data.types import Finish, SubBatch
 from modsquad_ds.metrics import Metric
-from modsquad_ds.metrics.boundaries import THRESHOLDS, Mask, boundary_counts, matched_pixels, thinned
+from modsquad_ds.metrics.boundaries import THRESHOLDS, Mask, boundary_counts, matched_pixels
 from modsquad_ds.metrics.build import RowMetrics
 from modsquad_ds.targets import TARGETS
 
@@ -108,21 +107,6 @@ def test_matching_against_all_choices_and_augmenting_paths() -> None:
             assert found == check(a, b, reach) == matched_pixels(b, a, reach)
             differing += found < min(a.sum(), b.sum())
     assert differing > 50
-
-
-def test_thinning_is_scikit_images() -> None:
-    """Noise of eight densities, which has all surroundings of a pixel, and blobs, whose thinning takes many rounds."""
-    generator, seen = np.random.default_rng(2), set()
-    for shape in ((90, 110), (1, 9), (6, 1), (3, 3)):
-        noise = generator.random((8, *shape)) < np.linspace(0.15, 0.9, 8)[:, None, None]
-        blobs = gaussian_filter(generator.random(shape), 3) > np.linspace(0.45, 0.53, 8)[:, None, None]
-        for maps in (noise, blobs):
-            packed = thinned(np.packbits(maps, axis=0, bitorder="little")[0])
-            lines = np.unpackbits(packed[None], axis=0, bitorder="little")
-            assert all((line == thin(one)).all() for line, one in zip(lines, maps, strict=True))
-        code = sum(np.roll(noise, (y, x), (1, 2)) * 2**k for k, (y, x) in enumerate(np.ndindex(3, 3)))
-        seen |= set(code.ravel().tolist())
-    assert len(seen) == 2**9
 
 
 def test_counts_against_one_threshold_after_the_other() -> None:
